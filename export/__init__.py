@@ -1,0 +1,1 @@
+"""Turn a merged Keras model into a folder that runs on a device."""

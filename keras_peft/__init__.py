@@ -1,0 +1,3 @@
+"""Parameter-efficient fine-tuning for Keras, with quantized edge export."""
+
+__version__ = "0.1.0"
