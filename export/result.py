@@ -1,0 +1,91 @@
+"""What an export returns: the graph, and everything measured about it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph.
+
+    Attributes:
+        name: The name a runtime feeds or reads.
+        dtype: NumPy name of the element type, such as `"int32"`.
+        shape: A size per axis, or the name of an axis whose size is free,
+            such as `("batch", "sequence", 384)`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """How far a graph, run by ONNX Runtime, is from the Keras model.
+
+    Attributes:
+        step: The file that was run: `"float32"`, `"float16"` or `"int8"`.
+        shapes: The input shapes of every run, by input name. None of them is
+            the shape the model was traced with.
+        max_abs: Largest absolute difference over all outputs and runs.
+        relative: Largest difference of an output over that output's largest
+            magnitude.
+        cosine: Smallest cosine between an output and its reference.
+        tolerance: The bound on `relative` that was enforced, or `None` where
+            the difference was only measured.
+    """
+
+    step: str
+    shapes: tuple[Mapping[str, tuple[int, ...]], ...]
+    max_abs: float
+    relative: float
+    cosine: float
+    tolerance: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatWeight:
+    """A weight that a quantized file keeps in floating point, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxResult:
+    """An exported, optimized and checked graph, still in memory.
+
+    Attributes:
+        model: The graph as asked for: quantized where `quantize` was given.
+        float_model: The float32 graph it was made from; the same object as
+            `model` without `quantize`.
+        quantize: `None`, `"float16"` or `"int8"`.
+        inputs: The inputs, in the order of the graph.
+        outputs: The outputs, in the order of the graph.
+        tracer: What made the graph: `"torch"` or `"tensorflow"`.
+        notes: Sentences a user should read, such as why another tracer than
+            the preferred one was taken.
+        verification: One entry per step, float32 first.
+        weights_left_float: Weights of a quantized graph that stay in
+            floating point; empty without `quantize`.
+        sizes: Bytes of the file per step, such as
+            `{"float32": 90_900_000, "int8": 22_800_000}`.
+    """
+
+    model: "onnx.ModelProto"
+    float_model: "onnx.ModelProto"
+    quantize: str | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    tracer: str
+    notes: tuple[str, ...]
+    verification: tuple[Verification, ...]
+    weights_left_float: tuple[FloatWeight, ...]
+    sizes: Mapping[str, int]
