@@ -38,7 +38,6 @@ def existing_folder(path: str | Path) -> Path:
 
 
 def _take_place(staging: Path, path: Path) -> None:
-    staging.chmod(0o755)
     previous = _previous(path)
     if path.exists():
         shutil.rmtree(previous, ignore_errors=True)
@@ -58,7 +57,9 @@ def _previous(path: Path) -> Path:
 
 def _flush(folder: Path) -> None:
     """Writes every file through to the disk: a rename must not outrun them."""
+    folder.chmod(0o755)  # Temporary folders are private.
     for file in folder.rglob("*"):
         if file.is_file():
+            file.chmod(0o644)
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())

@@ -1,0 +1,3 @@
+from keras_peft.methods.lora import LoRA
+
+__all__ = ["LoRA"]

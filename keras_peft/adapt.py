@@ -1,0 +1,256 @@
+"""Adding adapters to a model, choosing among them, taking them off."""
+
+import contextlib
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import keras
+
+from keras_peft import adapted_model
+from keras_peft import layer_tree
+from keras_peft.adapted_model import NamedAdapter
+from keras_peft.kernels import has_kernel
+from keras_peft.kernels import kernel_of
+from keras_peft.methods.method import Method
+from keras_peft.patterns import path_matches
+from keras_peft.targets import Candidates
+from keras_peft.targets import find_head
+from keras_peft.targets import no_match
+from keras_peft.targets import select
+
+
+def adapt(
+    model: keras.Model,
+    method: Method,
+    targets: str | Sequence[str] | None = None,
+    name: str = "default",
+    head: str | Sequence[str] | None = None,
+) -> keras.Model:
+    """Adds an adapter to `model`, in place, and freezes its base.
+
+    Afterwards the adapter's variables and the head train, nothing else does:
+    every base variable keeps its bits through `fit`, the statistics of batch
+    normalization included. An adapter whose method starts at the identity
+    leaves the outputs as they were.
+
+    With several adapters the newest is the active one; `set_adapter` chooses.
+
+    Args:
+        model: Any built Keras model, a keras-hub backbone or task included.
+        method: Settings of a method, such as `keras_peft.LoRA(rank=8)`.
+        targets: What to adapt: layer names (`"query"`), regular expressions
+            over the end of a layer's path (`r"transformer_layers\\.[01]\\..*"`),
+            or groups: `"attention"`, `"mlp"`, `"all-linear"`, `"embeddings"`,
+            `"convolutions"`. Groups leave the head out. `None` is the method's
+            default; for LoRA every linear layer, and in a convolutional
+            network the convolutions too.
+        name: Name of the adapter, for a model that carries several.
+        head: Layers that train in full and are saved with the adapter, named
+            as in `targets`. `None` finds them: whatever stands outside
+            `model.backbone`, or outside the only model among the layers.
+            An empty list is no head.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: if the model is not built, a target names no layer, a
+            layer cannot take the method, or the name is taken. The model is
+            then as it was.
+
+    Example:
+
+    >>> keras_peft.adapt(classifier, keras_peft.LoRA(rank=8))
+    >>> classifier.compile("adam", "sparse_categorical_crossentropy")
+    >>> classifier.fit(sentences, labels)
+    """
+    _check_arguments(model, method, name)
+    head = _head_of(model, head)
+    candidates = Candidates(model, head)
+    if targets is None:
+        paths = candidates.default()
+        if not paths:
+            raise ValueError(no_match(candidates, [], targets))
+    else:
+        paths = select(candidates, targets)
+    _check_patterns(candidates, method, paths)
+    check_layers({path: candidates.layers[path] for path in paths}, method)
+    head = [path for path in head if not set(paths) & _below(path, paths)]
+    adapter = NamedAdapter(method, paths)
+    adapted_model.install(model, name, adapter, head, initialize=True)
+    adapted_model.activate(model, {name: 1.0})
+    return model
+
+
+def _check_arguments(model, method, name):
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            "`model` must be a Keras model or layer. "
+            f"Received: {type(model).__name__}"
+        )
+    if not isinstance(method, Method):
+        raise TypeError(
+            "`method` must be the settings of a method, such as "
+            f"`keras_peft.LoRA(rank=8)`. Received: method={method!r}"
+        )
+    if not isinstance(name, str) or not name or name.startswith("_"):
+        raise ValueError(
+            "`name` must be a non-empty string that does not start with an "
+            f"underscore. Received: name={name!r}"
+        )
+    if not model.built or not model.variables:
+        raise ValueError(
+            f"`{model.name}` has no weights yet. Call it on a batch of data, "
+            "or `build()` it, before adapting it. "
+            f"Received: {type(model).__name__} with built={model.built}"
+        )
+    if adapted_model.is_adapted(model):
+        if name in model.peft.adapters:
+            raise ValueError(
+                "The model has an adapter of that name already. Choose "
+                "another `name`, or `keras_peft.remove(model, name)` it "
+                f"first. Received: name={name!r}"
+            )
+        return
+    for path, layer in layer_tree.walk(model):
+        if adapted_model.is_adapted(layer) or layer_tree.is_adapted(layer):
+            raise ValueError(
+                f"Layer `{path}` of the model is adapted already. Adapt and "
+                "merge the model as a whole, or that layer alone. "
+                f"Received: model={model.name!r}"
+            )
+
+
+def _head_of(model, head):
+    if adapted_model.is_adapted(model):
+        if head is not None:
+            raise ValueError(
+                "The head of a model is chosen with its first adapter. "
+                f"Leave `head` out. Received: head={head!r}"
+            )
+        return model.peft.head
+    if head is None:
+        return find_head(model)
+    named = [head] if isinstance(head, str) else list(head)
+    layers = dict(layer_tree.walk(model))
+    found = {
+        target: [
+            path
+            for path, layer in layers.items()
+            if layer.variables
+            and (layer.name == target or path_matches(target, path))
+        ]
+        for target in named
+    }
+    if missing := [target for target, paths in found.items() if not paths]:
+        candidates = Candidates(model, ())
+        raise ValueError(no_match(candidates, missing, named, "head"))
+    return sorted({path for paths in found.values() for path in paths})
+
+
+def _below(head, paths):
+    return {path for path in paths if path == head or path.startswith(head + ".")}
+
+
+def _check_patterns(candidates, method, paths):
+    patterns = getattr(method, "patterns", ())
+    unmatched = [
+        pattern
+        for pattern in patterns
+        if not any(path_matches(pattern, path) for path in paths)
+    ]
+    if unmatched:
+        raise ValueError(
+            no_match(candidates, unmatched, list(patterns), "patterns")
+        )
+
+
+def check_layers(layers: Mapping[str, keras.Layer], method: Method) -> None:
+    """Raises a `ValueError` that names every layer the method cannot take."""
+    objections = []
+    for path, layer in layers.items():
+        objection = _objection(layer) or method.objection(path, kernel_of(layer))
+        if objection:
+            objections.append(f"`{path}`: {objection}")
+    if objections:
+        raise ValueError(
+            f"{len(objections)} of {len(layers)} layers cannot be adapted: "
+            f"{'; '.join(objections)}. Choose other `targets` or settings. "
+            f"Received: method={method}"
+        )
+
+
+def _objection(layer):
+    if not has_kernel(layer):
+        return f"a {type(layer).__name__} has no kernel that can be adapted"
+    if getattr(layer, "quantization_mode", None):
+        return (
+            f"its kernel is quantized ({layer.quantization_mode}); adapt the "
+            "float model, merge, and quantize on export"
+        )
+    if getattr(layer, "lora_enabled", False):
+        return "Keras' own LoRA is enabled on it"
+    return None
+
+
+def set_adapter(
+    model: keras.Model, names: str | Sequence[str] | Mapping[str, float] | None
+) -> None:
+    """Chooses which adapters take part.
+
+    Switching assigns a few scalars, and the values of the head: compiled
+    functions stay valid, unless other variables train than before.
+
+    Args:
+        model: An adapted model.
+        names: One name; several, whose changes are added up (the head is the
+            first one's); a dict from names to strengths, each a factor on
+            the adapter's change; or `None` for the base alone.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, Mapping):
+        names = dict.fromkeys(names or (), 1.0)
+    for name in names:
+        adapted_model.named(model, name)
+    adapted_model.state_of(model)
+    adapted_model.activate(model, names)
+
+
+@contextlib.contextmanager
+def disabled(model: keras.Model) -> Iterator[keras.Model]:
+    """Within, `model` is its base alone; after, as it was before.
+
+    >>> with keras_peft.disabled(model):
+    ...     base_outputs = model.predict(x)
+    """
+    active = dict(adapted_model.state_of(model).active)
+    adapted_model.quiet(model)
+    try:
+        yield model
+    finally:
+        adapted_model.activate(model, active)
+
+
+def remove(model: keras.Model, name: str | None = None) -> keras.Model:
+    """Drops the adapter called `name`, or all of them.
+
+    Without adapters the model is the pretrained one again, its head and what
+    was trainable included.
+
+    Raises:
+        ValueError: if the model has no such adapter.
+    """
+    state = adapted_model.state_of(model)
+    names = list(state.adapters) if name is None else [name]
+    for each in names:
+        adapted_model.named(model, each)
+    active = {n: s for n, s in state.active.items() if n not in names}
+    adapted_model.activate(model, active)
+    for each in names:
+        adapted_model.uninstall(model, each)
+    return model

@@ -1,0 +1,302 @@
+"""The adapter folder: `adapter.json` and `adapter.safetensors`.
+
+It holds an adapter, its head and its settings, never the base. Loading checks
+everything before it changes anything, and executes nothing from a file.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from keras_peft import adapted_model
+from keras_peft import layer_tree
+from keras_peft import methods
+from keras_peft.adapt import check_layers
+from keras_peft.adapted_model import NamedAdapter
+from keras_peft.files import existing_folder
+from keras_peft.files import whole_folder
+from keras_peft.fingerprint import compare
+from keras_peft.fingerprint import fingerprint
+from keras_peft.kernels import kernel_of
+from keras_peft.patterns import nearest
+
+SETTINGS = "adapter.json"
+TENSORS = "adapter.safetensors"
+_FORMAT = "keras_peft adapter"
+_VERSION = 1
+
+
+def save_adapter(
+    model: keras.Model, folder: str | Path, name: str = "default"
+) -> None:
+    """Writes an adapter and its head to `folder`.
+
+    The folder appears whole or not at all; an older one there is replaced. It
+    holds kilobytes to megabytes: no weight of the base.
+
+    Args:
+        model: An adapted model.
+        folder: Path of the folder.
+        name: Which of the model's adapters.
+
+    Raises:
+        ValueError: if the model has no such adapter.
+    """
+    adapted_model.named(model, name)
+    with whole_folder(folder) as staging:
+        write_adapter(model, staging, name)
+
+
+def write_adapter(model: keras.Model, folder: Path, name: str) -> None:
+    """Writes the two files of an adapter into an existing folder."""
+    adapter = adapted_model.named(model, name)
+    tensors = _tensors(model, name)
+    safetensors.numpy.save_file(tensors, folder / TENSORS)
+    layers = dict(layer_tree.walk(model))
+    settings = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "written_by": {
+            package: importlib.metadata.version(package)
+            for package in ("keras-peft", "keras")
+        },
+        "method": {
+            "name": type(adapter.method).__name__,
+            "settings": adapter.method.get_config(),
+        },
+        "layers": {path: _kind(layers[path]) for path in adapter.paths},
+        "head": model.peft.head,
+        "tensors": {key: list(value.shape) for key, value in tensors.items()},
+        "sha256": _sha256(folder / TENSORS),
+        "base": fingerprint(model),
+    }
+    text = json.dumps(settings, indent=2)
+    (folder / SETTINGS).write_text(text, encoding="utf-8")
+
+
+def _kind(layer):
+    kernel = kernel_of(layer)
+    return {
+        "layer": layer_tree.base_class(layer).__name__,
+        "kernel": list(kernel.variable.shape),
+    }
+
+
+def _tensors(model, name):
+    convert = keras.ops.convert_to_numpy
+    tensors = {
+        f"{path}.{key}": convert(variable)
+        for path, leaf in adapted_model.leaves(model, name).items()
+        for key, variable in leaf.parameters.items()
+    }
+    for key, value in adapted_model.head_values(model, name).items():
+        tensors[f"head:{key}"] = np.ascontiguousarray(value)
+    return tensors
+
+
+def _sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_adapter(
+    model: keras.Model,
+    folder: str | Path,
+    name: str = "default",
+    trainable: bool = False,
+) -> keras.Model:
+    """Adds the adapter in `folder` to `model` and makes it the active one.
+
+    Everything is checked before `model` is touched: the folder's files, that
+    each layer exists with that kernel, every tensor's name, shape and values,
+    and that the base is the one the adapter was trained on.
+
+    Args:
+        model: The base the adapter was trained on, adapted already or not. If
+            it has an adapter called `name` with the same settings, that one
+            gets the values of the file.
+        folder: Path of a folder that `save_adapter` wrote.
+        name: What to call the adapter in this model.
+        trainable: Whether it, and the head, go on training.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: with everything that is wrong, named in one message.
+    """
+    folder = existing_folder(folder)
+    settings = _read_settings(folder)
+    method = _read_method(folder, settings)
+    tensors = _read_tensors(folder, settings)
+    paths, head = list(settings["layers"]), list(settings["head"])
+    _check_model(model, folder, settings, name, method)
+    expected = _expected(model, method, paths, head)
+    _check_tensors(folder, tensors, expected)
+    if not (adapted_model.is_adapted(model) and name in model.peft.adapters):
+        adapter = NamedAdapter(method, paths)
+        adapted_model.install(model, name, adapter, head)
+    model.peft.adapters[name].trainable = trainable
+    _assign(model, name, tensors)
+    adapted_model.activate(model, {name: 1.0})
+    return model
+
+
+def _assign(model, name, tensors):
+    for path, leaf in adapted_model.leaves(model, name).items():
+        for key, variable in leaf.parameters.items():
+            variable.assign(tensors[f"{path}.{key}"])
+    head = {
+        key.removeprefix("head:"): value
+        for key, value in tensors.items()
+        if key.startswith("head:")
+    }
+    adapted_model.set_head_values(model, name, head)
+
+
+# -- Reading and checking ----------------------------------------------------
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    if not (folder / SETTINGS).is_file():
+        raise ValueError(
+            f"No adapter folder: it has no `{SETTINGS}`. Pass a folder that "
+            f"`keras_peft.save_adapter` wrote. Received: {str(folder)!r}"
+        )
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        known = settings["format"] == _FORMAT
+        version = settings["version"]
+        complete = {"method", "layers", "head", "tensors", "sha256", "base"}
+        if known and version <= _VERSION and complete - set(settings):
+            raise KeyError(*sorted(complete - set(settings)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`{SETTINGS}` is damaged or of another kind ({error!r}). Save "
+            f"the adapter again. Received: {str(folder)!r}"
+        ) from error
+    if not known or version > _VERSION:
+        raise ValueError(
+            f"Expected a {_FORMAT!r} of version {_VERSION} or less. A newer "
+            "keras_peft may read it. Received: "
+            f"{settings['format']!r} of version {version!r} in {str(folder)!r}"
+        )
+    return settings
+
+
+def _read_method(folder, settings):
+    name = settings["method"].get("name")
+    if name not in methods.__all__:
+        raise ValueError(
+            f"This version knows the methods {', '.join(methods.__all__)}. A "
+            f"newer keras_peft may know it. Received: method={name!r} in "
+            f"{str(folder)!r}"
+        )
+    try:
+        return getattr(methods, name)(**settings["method"]["settings"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"The settings of {name} cannot be read: {error}. A newer "
+            f"keras_peft may read them. Received: {str(folder)!r}"
+        ) from error
+
+
+def _read_tensors(folder, settings):
+    path = folder / TENSORS
+    if not path.is_file() or _sha256(path) != settings["sha256"]:
+        raise ValueError(
+            f"`{TENSORS}` is missing, truncated or was changed: it does not "
+            f"fit the checksum in `{SETTINGS}`. Save the adapter again. "
+            f"Received: {str(folder)!r}"
+        )
+    try:
+        return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"`{TENSORS}` is no safetensors file ({error}). Save the adapter "
+            f"again. Received: {str(folder)!r}"
+        ) from error
+
+
+def _check_model(model, folder, settings, name, method):
+    layers = dict(layer_tree.walk(model))
+    wrong = []
+    for path, kind in settings["layers"].items():
+        if path not in layers:
+            wrong.append(f"no layer `{path}`{nearest(path, layers)}")
+        elif not layers[path].built or _kind_or_none(layers[path]) != kind:
+            wrong.append(
+                f"`{path}` is {_kind_or_none(layers[path])}, not {kind}"
+            )
+    wrong += [f"no layer `{p}`" for p in settings["head"] if p not in layers]
+    if wrong:
+        raise ValueError(_mismatch(folder, wrong))
+    wrong += compare(model, settings["base"], settings["head"])
+    if wrong:
+        raise ValueError(_mismatch(folder, wrong))
+    if not adapted_model.is_adapted(model):
+        paths = settings["layers"]
+        check_layers({path: layers[path] for path in paths}, method)
+    elif settings["head"] != model.peft.head:
+        wrong.append(f"its head is {model.peft.head}, not {settings['head']}")
+    elif name in model.peft.adapters:
+        adapter = model.peft.adapters[name]
+        if (adapter.method, adapter.paths) != (method, list(settings["layers"])):
+            wrong.append(
+                f"its adapter {name!r} has other settings or layers; "
+                "`keras_peft.remove(model, name)` it, or load under another "
+                "`name`"
+            )
+    if wrong:
+        raise ValueError(_mismatch(folder, wrong))
+
+
+def _kind_or_none(layer):
+    try:
+        return _kind(layer)
+    except (TypeError, AttributeError):
+        return layer_tree.base_class(layer).__name__
+
+
+def _mismatch(folder, wrong):
+    shown = "; ".join(wrong[:8])
+    more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    return (
+        "The adapter does not fit this model, which was left as it is: "
+        f"{shown}{more}. Load it into the base it was trained on. "
+        f"Received: {str(folder)!r}"
+    )
+
+
+def _expected(model, method, paths, head):
+    """`{key: shape}` of the tensors that the adapter and its head need."""
+    layers = dict(layer_tree.walk(model))
+    expected = {}
+    for path in paths:
+        shapes = method.shapes(path, kernel_of(layers[path]))
+        for key, shape in shapes.items():
+            expected[f"{path}.{key}"] = tuple(shape)
+    for key, variable in adapted_model.variables_below(layers, head).items():
+        expected[f"head:{key}"] = tuple(variable.shape)
+    return expected
+
+
+def _check_tensors(folder, tensors, expected):
+    wrong = [f"missing `{key}`" for key in expected if key not in tensors]
+    wrong += [f"unexpected `{key}`" for key in tensors if key not in expected]
+    for key in expected.keys() & tensors.keys():
+        value = tensors[key]
+        if value.shape != expected[key]:
+            wrong.append(
+                f"`{key}` has shape {value.shape}, not {expected[key]}"
+            )
+        elif value.dtype.kind == "f" and not np.isfinite(value).all():
+            wrong.append(f"`{key}` holds NaN or infinity")
+    if wrong:
+        raise ValueError(_mismatch(folder, sorted(wrong)))

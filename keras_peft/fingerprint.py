@@ -1,0 +1,80 @@
+"""Telling one base model from another by a few of its numbers."""
+
+import keras
+import numpy as np
+
+from keras_peft import adapted_model
+from keras_peft import layer_tree
+
+# Evenly spaced numbers of each weight: another checkpoint differs in most.
+_SAMPLES = 4
+
+
+def fingerprint(model: keras.Layer, head=None) -> dict[str, dict]:
+    """`{"path.weight": {"shape", "dtype", "samples"}}` of the base's weights."""
+    return {
+        key: {
+            "shape": list(variable.shape),
+            "dtype": variable.dtype,
+            "samples": _samples(variable),
+        }
+        for key, variable in _base_variables(model, head).items()
+    }
+
+
+def compare(model: keras.Layer, saved: dict[str, dict], head) -> list[str]:
+    """What tells the base of `model` from the one that was `saved`.
+
+    Numbers may differ by as much as the coarser of the two dtypes rounds, so
+    that an adapter trained over bfloat16 fits the same weights in float32.
+    """
+    current = fingerprint(model, head)
+    wrong = [f"its base has no `{key}`" for key in saved if key not in current]
+    wrong += [f"its base has `{key}` too" for key in current if key not in saved]
+    differ = [
+        key
+        for key in saved
+        if key in current and not _equal(saved[key], current[key])
+    ]
+    if differ:
+        wrong.append(
+            f"{len(differ)} of {len(saved)} base weights have other values or "
+            f"shapes, `{differ[0]}` first"
+        )
+    return wrong
+
+
+def _equal(saved, current):
+    if saved["shape"] != current["shape"]:
+        return False
+    a, b = np.array(saved["samples"]), np.array(current["samples"])
+    if saved["dtype"] == current["dtype"]:
+        return np.array_equal(a, b)
+    epsilon = max(_epsilon(saved["dtype"]), _epsilon(current["dtype"]))
+    # Half precision's smallest steps near zero.
+    return np.allclose(a, b, rtol=2 * epsilon, atol=1e-7)
+
+
+def _epsilon(dtype):
+    # Mantissa bits; bfloat16 is no NumPy dtype of its own.
+    return {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(dtype, 2.0**-23)
+
+
+def _base_variables(model, head):
+    if head is None:
+        head = model.peft.head
+    heads = tuple(path + "." for path in head)
+    found = {}
+    for path, layer in layer_tree.walk(model):
+        if not (path + ".").startswith(heads):
+            for variable in adapted_model.own_variables(layer):
+                found[f"{path}.{variable.name}"] = variable
+    return found
+
+
+def _samples(variable):
+    flat = keras.ops.reshape(variable, (-1,))
+    count = flat.shape[0]
+    index = np.unique(np.linspace(0, count - 1, _SAMPLES).astype(int))
+    values = keras.ops.take(flat, index)
+    return [float(v) for v in keras.ops.convert_to_numpy(values)]

@@ -1,0 +1,268 @@
+"""The kernel of a layer, seen as one `[inputs, outputs]` matrix.
+
+A method in `keras_peft.methods` speaks of a matrix only. Each class below says
+for one kind of layer how that matrix lies in the layer's own kernel, how to
+apply a product of two thin matrices to the layer's inputs without forming it,
+and where the outputs' channels are.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+
+class DenseKernel:
+    """`Dense`: the kernel is the matrix."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.inputs, self.outputs = self.variable.shape
+
+    @property
+    def variable(self):
+        return self.layer._kernel
+
+    @property
+    def bias(self):
+        return self.layer.bias
+
+    def matrix(self):
+        """The kernel as a tensor of shape `(inputs, outputs)`."""
+        return ops.reshape(self.variable, (self.inputs, self.outputs))
+
+    def to_matrix(self, kernel):
+        """The same of a NumPy array in the kernel's own shape."""
+        return kernel.reshape(self.inputs, self.outputs)
+
+    def from_matrix(self, matrix):
+        return matrix.reshape(self.variable.shape)
+
+    def down(self, inputs, a):
+        """`inputs @ a`, for `a` of shape `(inputs, rank)`."""
+        return ops.matmul(inputs, a)
+
+    def up(self, hidden, b):
+        """`hidden @ b` in the layer's output shape, `b` is `(rank, outputs)`."""
+        return ops.matmul(hidden, b)
+
+    def low_rank(self, inputs, a, b, scale):
+        """`scale * inputs @ a @ b`: the product `a @ b` is never formed."""
+        return self.up(ops.multiply(self.down(inputs, a), scale), b)
+
+    def scale_outputs(self, outputs, factor):
+        """Multiplies each output channel by its entry of `factor`."""
+        return ops.multiply(outputs, factor)
+
+    def without_bias(self, outputs):
+        if self.bias is None:
+            return outputs
+        return ops.subtract(outputs, ops.cast(self.bias, outputs.dtype))
+
+
+class EinsumKernel(DenseKernel):
+    """`EinsumDense`: contracted axes are the inputs, new axes the outputs.
+
+    The roles come from the equation, never from the position: Gemma's query
+    kernel `btd,ndh->btnh` is `[heads, inputs, head_dim]`.
+    """
+
+    def __init__(self, layer):
+        self.layer = layer
+        left, self.out = layer.equation.replace(" ", "").split("->")
+        self.into, weight = left.split(",")
+        sizes = dict(zip(weight, layer._kernel.shape, strict=True))
+        self.contracted = [c for c in weight if c not in self.out]
+        self.free = [c for c in weight if c not in self.into]
+        if sorted(self.contracted + self.free) != sorted(weight):
+            raise TypeError(
+                f"The kernel of {layer.name!r} holds one matrix per entry of a "
+                "shared axis, which is not one `[inputs, outputs]` matrix. "
+                f"Received: equation={layer.equation!r}"
+            )
+        self.contracted_shape = tuple(sizes[c] for c in self.contracted)
+        self.free_shape = tuple(sizes[c] for c in self.free)
+        self.inputs = math.prod(self.contracted_shape)
+        self.outputs = math.prod(self.free_shape)
+        self.to_axes = [weight.index(c) for c in self.contracted + self.free]
+        self.from_axes = [self.to_axes.index(i) for i in range(len(weight))]
+        self.rank_letter = next(
+            c for c in "rzyxwvuts" if c not in self.into + weight + self.out
+        )
+
+    def matrix(self):
+        kernel = ops.transpose(self.variable, self.to_axes)
+        return ops.reshape(kernel, (self.inputs, self.outputs))
+
+    def to_matrix(self, kernel):
+        return kernel.transpose(self.to_axes).reshape(self.inputs, self.outputs)
+
+    def from_matrix(self, matrix):
+        shape = self.contracted_shape + self.free_shape
+        return matrix.reshape(shape).transpose(self.from_axes)
+
+    def down(self, inputs, a):
+        a = ops.reshape(a, (*self.contracted_shape, -1))
+        kept = "".join(c for c in self.into if c not in self.contracted)
+        weight = "".join(self.contracted) + self.rank_letter
+        return ops.einsum(
+            f"{self.into},{weight}->{kept}{self.rank_letter}", inputs, a
+        )
+
+    def up(self, hidden, b):
+        b = ops.reshape(b, (-1, *self.free_shape))
+        kept = "".join(c for c in self.into if c not in self.contracted)
+        weight = self.rank_letter + "".join(self.free)
+        return ops.einsum(
+            f"{kept}{self.rank_letter},{weight}->{self.out}", hidden, b
+        )
+
+    def scale_outputs(self, outputs, factor):
+        factor = ops.reshape(factor, self.free_shape)
+        free = "".join(self.free)
+        return ops.einsum(f"{self.out},{free}->{self.out}", outputs, factor)
+
+
+class ConvKernel(DenseKernel):
+    """`Conv1D/2D/3D`: a row is one tap of one input channel.
+
+    With groups, `a` is shared by the groups: the matrix is
+    `[taps * channels / groups, filters]`, as the kernel is stored.
+    """
+
+    def __init__(self, layer):
+        self.layer = layer
+        *self.taps, self.outputs = layer._kernel.shape
+        self.inputs = math.prod(self.taps)
+        self.channels_last = layer.data_format == "channels_last"
+
+    def down(self, inputs, a):
+        groups, layer = self.layer.groups, self.layer
+        a = ops.reshape(a, (*self.taps, -1))
+        if groups > 1:
+            a = ops.concatenate([a] * groups, axis=-1)
+        padding = layer.padding
+        if padding == "causal":
+            inputs = ops.pad(inputs, layer._compute_causal_padding())
+            padding = "valid"
+        hidden = ops.conv(
+            inputs,
+            a,
+            strides=list(layer.strides),
+            padding=padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+        return hidden if self.channels_last else ops.moveaxis(hidden, 1, -1)
+
+    def up(self, hidden, b):
+        groups = self.layer.groups
+        if groups > 1:
+            rank, width = b.shape[0], self.outputs // groups
+            shape = ops.shape(hidden)
+            hidden = ops.reshape(hidden, (*shape[:-1], groups, rank))
+            b = ops.reshape(b, (rank, groups, width))
+            outputs = ops.einsum("...gr,rgw->...gw", hidden, b)
+            outputs = ops.reshape(outputs, (*shape[:-1], self.outputs))
+        else:
+            outputs = ops.matmul(hidden, b)
+        return outputs if self.channels_last else ops.moveaxis(outputs, -1, 1)
+
+    def scale_outputs(self, outputs, factor):
+        return ops.multiply(outputs, self._channels(factor, outputs))
+
+    def without_bias(self, outputs):
+        if self.bias is None:
+            return outputs
+        bias = ops.cast(self.bias, outputs.dtype)
+        return ops.subtract(outputs, self._channels(bias, outputs))
+
+    def _channels(self, vector, outputs):
+        if self.channels_last:
+            return vector
+        return ops.reshape(vector, (1, -1) + (1,) * (len(outputs.shape) - 2))
+
+
+class DepthwiseKernel(ConvKernel):
+    """`DepthwiseConv1D/2D`: `[taps, channels * depth_multiplier]`.
+
+    `a` holds `rank` spatial filters, `b` how each channel mixes them. The
+    filters are mixed before they are applied: a depthwise kernel is smaller
+    than one pixel's activations times its taps, whereas applying `rank` shared
+    filters to every channel would multiply the activations by `rank`.
+    """
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        *self.taps, channels, multiplier = layer.kernel.shape
+        self.inputs = math.prod(self.taps)
+        self.outputs = channels * multiplier
+
+    @property
+    def variable(self):
+        return self.layer.kernel
+
+    def low_rank(self, inputs, a, b, scale):
+        layer = self.layer
+        return ops.depthwise_conv(
+            inputs,
+            ops.reshape(ops.matmul(a * scale, b), layer.kernel.shape),
+            strides=layer.strides,
+            padding=layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+
+
+class EmbeddingKernel(DenseKernel):
+    """`Embedding`: row `i` of the matrix is the vector of token `i`."""
+
+    @property
+    def variable(self):
+        return self.layer._embeddings
+
+    @property
+    def bias(self):
+        return None
+
+    def down(self, inputs, a):
+        return ops.take(a, ops.cast(inputs, "int32"), axis=0)
+
+
+class ReversibleEmbeddingKernel(EmbeddingKernel):
+    """`ReversibleEmbedding`: the tied output reads the same matrix."""
+
+    def low_rank_reverse(self, inputs, a, b, scale):
+        """`scale * inputs @ (a @ b).T`, the logits' share of the delta."""
+        hidden = ops.matmul(inputs, ops.transpose(b))
+        return ops.matmul(ops.multiply(hidden, scale), ops.transpose(a))
+
+
+_KERNELS = (
+    (keras.layers.Dense, DenseKernel),
+    (keras.layers.EinsumDense, EinsumKernel),
+    (keras.layers.Conv1D, ConvKernel),
+    (keras.layers.Conv2D, ConvKernel),
+    (keras.layers.Conv3D, ConvKernel),
+    (keras.layers.DepthwiseConv1D, DepthwiseKernel),
+    (keras.layers.DepthwiseConv2D, DepthwiseKernel),
+    (keras.layers.ReversibleEmbedding, ReversibleEmbeddingKernel),
+    (keras.layers.Embedding, EmbeddingKernel),
+)
+
+
+def has_kernel(layer):
+    """Whether `layer` is of a kind whose kernel can be adapted."""
+    return isinstance(layer, tuple(kind for kind, _ in _KERNELS))
+
+
+def kernel_of(layer):
+    """The matrix view of a built layer's kernel."""
+    for kind, view in _KERNELS:
+        if isinstance(layer, kind):
+            return view(layer)
+    raise TypeError(
+        f"Layer {layer.name!r} has no kernel that can be adapted. Kinds that "
+        f"can: {', '.join(kind.__name__ for kind, _ in _KERNELS)}. "
+        f"Received: {type(layer).__name__}"
+    )

@@ -1,0 +1,318 @@
+"""Walking a built model, and putting adapters into its layers.
+
+The only file that touches private Keras. Checked on Keras 3.15.1.
+
+An adapted layer stays the same object in the same place: it is given a
+subclass of its own class, whose `call` adds what its adapters return. No
+parent, no graph and no path to a weight changes, so functional nodes,
+attributes, lists, heads and `generate()` go on as before.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import set_keras_mask
+from keras.src.saving.object_registration import GLOBAL_CUSTOM_NAMES
+from keras.src.utils.naming import to_snake_case
+
+# Tracked by Keras beside the layers that a user sees.
+_NOT_CHILDREN = (keras.Loss, keras.Metric)
+_BOOKKEEPING = ("_layers", "_operations", "_modules", "_functional", "_nodes")
+
+
+def walk(model: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
+    """Yields `(path, layer)` for every layer below `model`, each once.
+
+    A path joins attribute names and list positions:
+    `backbone.transformer_layers.0._self_attention_layer._query_dense`. A layer
+    that no attribute holds goes by its name, and where Keras chose the name,
+    by its kind and position (`dense_1`), so that building the same model twice
+    gives the same paths.
+    """
+    seen = {id(model)}
+
+    def below(parent, prefix):
+        for segment, child in children(parent):
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+            path = prefix + segment
+            yield path, child
+            yield from below(child, path + ".")
+
+    yield from below(model, "")
+
+
+def children(parent: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
+    """Yields `(segment of the path, layer)` for what `parent` holds itself."""
+    if isinstance(parent, keras.Sequential):
+        found = list(parent.layers)
+    else:
+        found = list(parent._layers)
+    attributes = _attribute_names(parent, {id(child) for child in found})
+    adapters = parent.adapters.values() if is_adapted(parent) else ()
+    adapters = {id(adapter) for adapter in adapters}
+    counts: dict[str, int] = {}
+    for child in found:
+        if isinstance(child, _NOT_CHILDREN) or id(child) in adapters:
+            continue
+        yield attributes.get(id(child)) or _stable_name(child, counts), child
+
+
+def _attribute_names(parent, wanted):
+    """`{id(child): "attr" or "attr.3"}`; torch keeps layers in `_modules`."""
+    names: dict[int, str] = {}
+
+    def note(value, name):
+        if id(value) in wanted:
+            names.setdefault(id(value), name)
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                note(item, f"{name}.{index}")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                note(item, f"{name}.{key}")
+
+    attributes = dict(vars(parent))
+    attributes.update(attributes.get("_modules") or {})
+    for name, value in attributes.items():
+        # Lists that Keras and TensorFlow keep for themselves.
+        if name not in _BOOKKEEPING and not name.startswith("_self_"):
+            note(value, _public_name(parent, name, value))
+    return names
+
+
+def _public_name(parent, name, value):
+    """`backbone` for `_backbone`, where a property shows it so."""
+    public = name.lstrip("_")
+    if isinstance(getattr(type(parent), public, None), property):
+        return public if getattr(parent, public) is value else name
+    return name
+
+
+def _stable_name(layer, counts):
+    kind = to_snake_case(base_class(layer).__name__)
+    if not re.fullmatch(rf"{re.escape(kind)}(_\d+)?", layer.name):
+        return layer.name
+    count = counts.get(kind, 0)
+    counts[kind] = count + 1
+    return f"{kind}_{count}" if count else kind
+
+
+# -- Adapted layers ----------------------------------------------------------
+
+# What a layer does after its kernel. It is taken off the layer while that is
+# adapted and applied after the adapters: a change of the kernel comes before.
+_AFTER_KERNEL = ("activation", "logit_soft_cap")
+
+# In a weights file, beside an adapted layer's own variables: a layer without
+# adapters refuses the extra entry, rather than load the bare base unnoticed.
+_MARK = "adapted"
+
+
+class AdaptedLayer:
+    """Mixed into the class of a layer that carries adapters."""
+
+    def call(self, inputs, *args, **kwargs):
+        outputs = super().call(inputs, *args, **kwargs)
+        reverse = False
+        if isinstance(self, keras.layers.ReversibleEmbedding):
+            reverse = kwargs.get("reverse", args[0] if args else False)
+            if reverse and not self.tie_weights:
+                return self._after_kernel(outputs, reverse)
+        changed = outputs
+        for adapter in self.adapters.values():
+            changed = changed + adapter(inputs, outputs, reverse=reverse)
+        changed = self._after_kernel(changed, reverse)
+        mask = get_keras_mask(outputs)
+        if mask is not None:
+            set_keras_mask(changed, mask)
+        return changed
+
+    def _after_kernel(self, outputs, reverse):
+        activation = self.after_kernel.get("activation")
+        if activation is not None:
+            outputs = activation(outputs)
+        soft_cap = self.after_kernel.get("logit_soft_cap")
+        if reverse and soft_cap is not None:
+            outputs = keras.ops.tanh(outputs / soft_cap) * soft_cap
+        return outputs
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store[_MARK] = np.array(len(self.adapters))
+
+    def load_own_variables(self, store):
+        own = {key: store[key] for key in store.keys() if key != _MARK}
+        super().load_own_variables(own)
+
+    def get_config(self):
+        raise ValueError(_alone("serialized", self))
+
+    @classmethod
+    def from_config(cls, config):
+        raise ValueError(_alone("cloned", cls))
+
+    def quantize(self, *args, **kwargs):
+        raise ValueError(
+            f"Layer {self.name!r} carries adapters, which quantizing would "
+            "leave outside. Call `keras_peft.merge(model)` first. "
+            f"Received: adapters={list(self.adapters)}"
+        )
+
+    def enable_lora(self, *args, **kwargs):
+        raise ValueError(
+            f"Layer {self.name!r} carries adapters of keras_peft already. Use "
+            "`keras_peft.remove(model)` first, or keep to one of the two. "
+            f"Received: adapters={list(self.adapters)}"
+        )
+
+
+def _alone(done, layer):
+    name = getattr(layer, "name", None) or layer.__name__
+    return (
+        f"An adapted layer cannot be {done} outside of its model: its adapters "
+        "would be lost. Use `model.save()` on the model that was adapted, "
+        "`keras_peft.save_adapter()`, or `keras_peft.merge(model)` first. "
+        f"Received: layer={name!r}"
+    )
+
+
+def is_adapted(layer: keras.Layer) -> bool:
+    return isinstance(layer, AdaptedLayer)
+
+
+def adapted_layers(model: keras.Layer) -> list[tuple[str, keras.Layer]]:
+    """`(path, layer)` of every layer below `model` that carries adapters."""
+    return [(path, layer) for path, layer in walk(model) if is_adapted(layer)]
+
+
+def attach(layer: keras.Layer, name: str, adapter: keras.Layer) -> None:
+    """Adds `adapter` to `layer` under `name`."""
+    with _unlocked(layer):
+        if not is_adapted(layer):
+            mix_in(layer, AdaptedLayer)
+            held = {
+                attribute: getattr(layer, attribute)
+                for attribute in _AFTER_KERNEL
+                if hasattr(layer, attribute)
+            }
+            set_plain(layer, "after_kernel", held)
+            _set_after_kernel(layer, dict.fromkeys(held))
+            layer.adapters = {}
+        layer.adapters[name] = adapter
+
+
+def detach(layer: keras.Layer, name: str) -> keras.Layer:
+    """Takes an adapter off; without any, the layer is what it was before."""
+    with _unlocked(layer):
+        adapter = layer.adapters.pop(name)
+        if not layer.adapters:
+            _set_after_kernel(layer, layer.after_kernel)
+            del layer.adapters
+            object.__delattr__(layer, "after_kernel")
+            mix_out(layer)
+    return adapter
+
+
+def _set_after_kernel(layer, values):
+    for name, value in values.items():
+        set_plain(layer, name, value)
+
+
+def set_plain(target, name, value):
+    """Sets an attribute that neither Keras nor torch is to track."""
+    object.__setattr__(target, name, value)
+
+
+@contextlib.contextmanager
+def _unlocked(layer):
+    tracker = layer._tracker
+    locked = tracker.locked
+    tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            tracker.lock(tracker._lock_violation_msg)
+
+
+# -- Classes -----------------------------------------------------------------
+
+_SUBCLASSES: dict[tuple[type, type], type] = {}
+
+
+def mix_in(target: keras.Layer, mixin: type) -> None:
+    """Gives `target` a subclass of its own class, with `mixin` in front.
+
+    The subclass bears the name of the class: the layout of weights files and
+    `model.summary()` follow class names.
+    """
+    cls = type(target)
+    key = (mixin, cls)
+    if key not in _SUBCLASSES:
+        same = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        _SUBCLASSES[key] = type(cls.__name__, (mixin, cls), same)
+    target.__class__ = _SUBCLASSES[key]
+
+
+def mix_out(target: keras.Layer) -> None:
+    """Undoes `mix_in`."""
+    target.__class__ = base_class(target)
+
+
+def base_class(target: keras.Layer) -> type:
+    """The class of `target` without what `mix_in` added."""
+    cls = type(target)
+    return cls.__mro__[2] if cls in _SUBCLASSES.values() else cls
+
+
+def serialize_as(target: keras.Layer, registered_name: str) -> None:
+    """Makes Keras write `registered_name` as the class of `target`."""
+    GLOBAL_CUSTOM_NAMES[type(target)] = registered_name
+
+
+@contextlib.contextmanager
+def plain(model: keras.Layer) -> Iterator[None]:
+    """Within, `model` and all below it serialize as if never adapted."""
+    touched = []
+    for layer in [model, *(layer for _, layer in walk(model))]:
+        if base_class(layer) is not type(layer):
+            touched.append((layer, type(layer)))
+            if is_adapted(layer):
+                _set_after_kernel(layer, layer.after_kernel)
+            mix_out(layer)
+    try:
+        yield
+    finally:
+        for layer, cls in touched:
+            layer.__class__ = cls
+            if is_adapted(layer):
+                _set_after_kernel(layer, dict.fromkeys(layer.after_kernel))
+
+
+# -- Compiled functions ------------------------------------------------------
+
+
+def forget_compiled(model: keras.Layer) -> None:
+    """Drops compiled functions: they hold the graph from before a change."""
+    for name in (
+        "train_function",
+        "test_function",
+        "predict_function",
+        "generate_function",
+    ):
+        if getattr(model, name, None) is not None:
+            setattr(model, name, None)
+    if getattr(model, "_jax_state_synced", None) is False:
+        model.jax_state_sync()
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and optimizer.built:
+        # Its slots belong to the variables that were trainable before.
+        fresh = type(optimizer).from_config(optimizer.get_config())
+        with _unlocked(model):
+            model.optimizer = fresh

@@ -1,0 +1,306 @@
+"""LoRA, with its weight-decomposed and residual forms."""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_peft.kernels import EmbeddingKernel
+from keras_peft.methods.adapter import KernelAdapter
+from keras_peft.methods.method import Method
+from keras_peft.patterns import check_pattern
+from keras_peft.patterns import path_matches
+
+_SCALINGS = ("standard", "rank_stabilized")
+# These start from a part of the kernel itself.
+_RESIDUAL_INITS = ("pissa", "olora")
+_INITS = ("default", "gaussian", "orthogonal", *_RESIDUAL_INITS)
+
+
+@keras.saving.register_keras_serializable(package="keras_peft")
+class LoRA(Method):
+    """Low-rank adaptation: `kernel + scale * A @ B`.
+
+    The kernel is seen as one matrix of shape `(inputs, outputs)`, whatever its
+    own shape; `A` is `(inputs, rank)` and `B` is `(rank, outputs)`. The layer
+    computes `x @ kernel + scale * (x @ A) @ B`: neither the product `A @ B` nor
+    a gradient of the kernel is ever formed. Trainable parameters per layer:
+    `rank * (inputs + outputs)`, and `outputs` more with `decompose=True`.
+
+    - [Hu et al., 2021](https://arxiv.org/abs/2106.09685): LoRA
+    - [Kalajdzievski, 2023](https://arxiv.org/abs/2312.03732): rank-stabilized
+      scaling
+    - [Liu et al., 2024](https://arxiv.org/abs/2402.09353): DoRA,
+      `magnitude * (kernel + scale * A @ B) / norm`, where `norm` is the norm of
+      each column of the sum, held constant in the backward pass (section 4.3)
+    - [Meng et al., 2024](https://arxiv.org/abs/2404.02948): PiSSA
+    - [Büyükakyüz, 2024](https://arxiv.org/abs/2406.01775): OLoRA
+
+    Args:
+        rank: Positive integer. Size of the shared inner axis; 4 to 16 is
+            usual. At most `min(inputs, outputs)` of every adapted kernel.
+        alpha: Number, or `None` for the rank itself. The scale is
+            `alpha / rank`, so `None` means a scale of 1.
+        dropout: Float in `[0, 1)`. Share of the layer's inputs that is dropped
+            before `A` during training. Token ids are never dropped.
+        scaling: `"standard"` for `alpha / rank`, or `"rank_stabilized"` for
+            `alpha / sqrt(rank)`.
+        init: How `A` and `B` start. `"default"`: `A` uniform within
+            `1 / sqrt(inputs)`, `B` zero (on embeddings `A` zero, `B` normal).
+            `"gaussian"`: `A` normal with deviation `1 / rank`, `B` zero.
+            `"orthogonal"`: random `A` and `B` with `A @ B = 0`; needs an even
+            rank. `"pissa"`: the leading singular vectors of the kernel.
+            `"olora"`: the leading columns of its QR decomposition. The last
+            two subtract their start values' product inside the adapter
+            (`A @ B - A0 @ B0`) instead of changing the kernel, so that every
+            adapted model starts as its base.
+        decompose: Boolean. Learn the norm of each output column separately
+            (DoRA).
+        rank_pattern: Dict from layer names or path expressions to ranks that
+            replace `rank` there, or `None`.
+        alpha_pattern: The same for `alpha`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+
+    >>> keras_peft.adapt(model, keras_peft.LoRA(rank=8), targets="attention")
+    """
+
+    def __init__(
+        self,
+        rank=8,
+        alpha=None,
+        dropout=0.0,
+        scaling="standard",
+        init="default",
+        decompose=False,
+        rank_pattern=None,
+        alpha_pattern=None,
+    ):
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.scaling = scaling
+        self.init = init
+        self.decompose = decompose
+        self.rank_pattern = rank_pattern
+        self.alpha_pattern = alpha_pattern
+        self._check()
+
+    def _check(self):
+        ranks = [self.rank, *(self.rank_pattern or {}).values()]
+        for rank in ranks:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(
+                    "`rank` must be a positive integer; 4 to 16 is usual. "
+                    f"Received: rank={rank!r}"
+                )
+            if self.init == "orthogonal" and rank % 2:
+                raise ValueError(
+                    "`init='orthogonal'` needs an even rank, half of it for "
+                    f"`A` and half for `B`. Received: rank={rank}"
+                )
+        for alpha in [self.alpha, *(self.alpha_pattern or {}).values()]:
+            if alpha is not None and not 0 < alpha < math.inf:
+                raise ValueError(
+                    "`alpha` must be a positive number, or `None` for the "
+                    f"rank. Received: alpha={alpha!r}"
+                )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                "`dropout` must lie in [0, 1). "
+                f"Received: dropout={self.dropout!r}"
+            )
+        for name, known in (("scaling", _SCALINGS), ("init", _INITS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(repr, known))}. "
+                    f"Received: {name}={getattr(self, name)!r}"
+                )
+        for pattern in (self.rank_pattern or {}) | (self.alpha_pattern or {}):
+            check_pattern(pattern)
+
+    @property
+    def patterns(self):
+        """Patterns that must each match a layer of the model."""
+        return [*(self.rank_pattern or {}), *(self.alpha_pattern or {})]
+
+    def rank_of(self, path):
+        return _by_pattern(self.rank_pattern, path, self.rank)
+
+    def scale_of(self, path):
+        rank = self.rank_of(path)
+        alpha = _by_pattern(self.alpha_pattern, path, self.alpha)
+        alpha = rank if alpha is None else alpha
+        root = math.sqrt(rank) if self.scaling == "rank_stabilized" else rank
+        return alpha / root
+
+    def objection(self, path, kernel):
+        rank, limit = self.rank_of(path), min(kernel.inputs, kernel.outputs)
+        if rank > limit:
+            return (
+                f"rank {rank} is larger than its kernel of "
+                f"[{kernel.inputs}, {kernel.outputs}] allows ({limit})"
+            )
+        return None
+
+    def shapes(self, path, kernel):
+        rank = self.rank_of(path)
+        a, b = (kernel.inputs, rank), (rank, kernel.outputs)
+        shapes = {"lora_kernel_a": a, "lora_kernel_b": b}
+        if self.init in _RESIDUAL_INITS:
+            shapes |= {"lora_initial_a": a, "lora_initial_b": b}
+        if self.decompose:
+            shapes["lora_magnitude"] = (kernel.outputs,)
+        return shapes
+
+    def create(self, path, layer, name):
+        return LoRAAdapter(self, path, layer, name)
+
+
+def _by_pattern(patterns, path, default):
+    for pattern, value in (patterns or {}).items():
+        if path_matches(pattern, path):
+            return value
+    return default
+
+
+class LoRAAdapter(KernelAdapter):
+    """The LoRA of one layer."""
+
+    def __init__(self, method, path, layer, name):
+        self.rank = method.rank_of(path)
+        self.scale = method.scale_of(path)
+        self.init = method.init
+        self.residual = method.init in _RESIDUAL_INITS
+        self.decompose = method.decompose
+        super().__init__(method, path, layer, name)
+        drops = method.dropout and not isinstance(self.kernel, EmbeddingKernel)
+        self.dropout = keras.layers.Dropout(method.dropout) if drops else None
+
+    def build_weights(self, shapes):
+        for key, shape in shapes.items():
+            trainable = not key.startswith("lora_initial")
+            # The magnitudes are of the kernel's own size: half precision
+            # would lose the small changes of them that DoRA learns.
+            cast = key != "lora_magnitude"
+            setattr(self, key, self.weight(key, shape, trainable, cast))
+        if self.decompose:
+            shape = shapes["lora_magnitude"]
+            self.square_norm = self.weight("square_norm", shape, False, False)
+
+    def initialize(self, kernel, rng):
+        a, b = _start_values(self, kernel, rng)
+        self.lora_kernel_a.assign(a)
+        self.lora_kernel_b.assign(b)
+        if self.residual:
+            self.lora_initial_a.assign(a)
+            self.lora_initial_b.assign(b)
+        self.read_base(kernel)
+        if self.decompose:
+            self.lora_magnitude.assign(ops.sqrt(self.square_norm.value))
+
+    def read_base(self, kernel):
+        """Keeps the squared norm of each column of the base kernel."""
+        if self.decompose:
+            self.square_norm.assign(np.square(kernel).sum(axis=0))
+
+    def call(self, inputs, outputs, reverse=False, training=None):
+        if self.dropout is not None:
+            inputs = self.dropout(inputs, training=training)
+        dtype = outputs.dtype
+        strength = ops.cast(self.strength, dtype)
+        if not self.decompose:
+            return self._low_rank(inputs, dtype, strength, reverse)
+        gain = ops.cast(self._gain(), dtype)
+        if reverse:
+            # The logits of a tied embedding, `inputs @ kernel.T`: there the
+            # columns that DoRA scales are the inputs.
+            inputs = ops.cast(inputs, dtype)
+            table = ops.cast(self.kernel.variable, dtype)
+            kept = ops.matmul(inputs * (gain - 1.0), ops.transpose(table))
+            change = self._low_rank(inputs * gain, dtype, 1.0, reverse)
+        else:
+            scale = self.kernel.scale_outputs
+            kept = scale(self.kernel.without_bias(outputs), gain - 1.0)
+            change = scale(self._low_rank(inputs, dtype, 1.0), gain)
+        return (kept + change) * strength
+
+    def _low_rank(self, inputs, dtype, strength, reverse=False):
+        kernel = self.kernel
+        product = kernel.low_rank_reverse if reverse else kernel.low_rank
+        if reverse or not isinstance(kernel, EmbeddingKernel):
+            inputs = ops.cast(inputs, dtype)
+        scale = ops.cast(strength * self.scale, dtype)
+
+        def of(a, b):
+            return product(inputs, ops.cast(a, dtype), ops.cast(b, dtype), scale)
+
+        change = of(self.lora_kernel_a, self.lora_kernel_b)
+        if self.residual:
+            change = change - of(self.lora_initial_a, self.lora_initial_b)
+        return change
+
+    def _gain(self):
+        """`magnitude / norm`, without forming the merged kernel.
+
+        The squared norm of a column of `W + s * A @ B` is that of `W` plus
+        `2 s (A.T W) * B` plus `s^2 (A.T A B) * B`, summed over the rank.
+        """
+        a = ops.cast(self.lora_kernel_a, "float32")
+        b = ops.cast(self.lora_kernel_b, "float32")
+        if self.residual:
+            initial_a = ops.cast(self.lora_initial_a, "float32")
+            initial_b = ops.cast(self.lora_initial_b, "float32")
+            a = ops.concatenate([a, initial_a], axis=1)
+            b = ops.concatenate([b, -initial_b], axis=0)
+        b = b * self.scale
+        base = ops.cast(self.kernel.matrix(), "float32")
+        cross = ops.matmul(ops.transpose(a), base)  # (rank, outputs)
+        square = ops.matmul(ops.matmul(ops.transpose(a), a), b)
+        change = ops.sum((2.0 * cross + square) * b, axis=0)
+        norm = ops.sqrt(self.square_norm + change)
+        return self.lora_magnitude / ops.stop_gradient(norm)
+
+    def kernel_delta(self, kernel):
+        convert = ops.convert_to_numpy
+        delta = convert(self.lora_kernel_a) @ convert(self.lora_kernel_b)
+        if self.residual:
+            initial = convert(self.lora_initial_a) @ convert(self.lora_initial_b)
+            delta = delta - initial
+        delta = delta * np.float32(self.scale)
+        if self.decompose:
+            merged = kernel + delta
+            norm = np.sqrt(np.square(merged).sum(axis=0))
+            delta = merged * (convert(self.lora_magnitude) / norm) - kernel
+        return delta * convert(self.strength)
+
+
+def _start_values(adapter, kernel, rng):
+    """`(A, B)` as float32 arrays, drawn by NumPy: equal on every backend."""
+    inputs, outputs = kernel.shape
+    rank, init = adapter.rank, adapter.init
+    a, b = np.zeros((inputs, rank)), np.zeros((rank, outputs))
+    if init == "pissa":
+        left, values, right = np.linalg.svd(kernel, full_matrices=False)
+        root = np.sqrt(values[:rank] / adapter.scale)
+        a, b = left[:, :rank] * root, root[:, None] * right[:rank]
+    elif init == "olora":
+        # Of the transposed kernel, so that the orthonormal factor is B.
+        q, r = np.linalg.qr(kernel.T)
+        a, b = r[:rank].T, q[:, :rank].T
+    elif init == "orthogonal":
+        basis, _ = np.linalg.qr(rng.normal(size=(rank, rank)))
+        a = rng.normal(size=(inputs, rank // 2)) @ basis[0::2] / 10
+        b = basis[1::2].T @ rng.normal(size=(rank // 2, outputs)) / 10
+    elif isinstance(adapter.kernel, EmbeddingKernel):
+        b = rng.normal(size=b.shape)
+    elif init == "gaussian":
+        a = rng.normal(scale=1 / rank, size=a.shape)
+    else:
+        bound = 1 / math.sqrt(inputs)
+        a = rng.uniform(-bound, bound, size=a.shape)
+    return a.astype("float32"), b.astype("float32")

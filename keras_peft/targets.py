@@ -1,0 +1,173 @@
+"""Which layers a method adapts."""
+
+import math
+from collections.abc import Sequence
+
+import keras
+
+from keras_peft import layer_tree
+from keras_peft.kernels import has_kernel
+from keras_peft.kernels import kernel_of
+from keras_peft.patterns import check_pattern
+from keras_peft.patterns import nearest
+from keras_peft.patterns import path_matches
+
+_LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
+_CONVOLUTIONS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+)
+GROUPS = ("attention", "mlp", "all-linear", "embeddings", "convolutions")
+
+
+class Candidates:
+    """The layers of a model that have a kernel, by path and by group."""
+
+    def __init__(self, model: keras.Layer, head: Sequence[str]):
+        self.model = model
+        self.layers = dict(layer_tree.walk(model))
+        self.with_kernel = {
+            path: layer
+            for path, layer in self.layers.items()
+            if has_kernel(layer) and layer.built and _fits(layer)
+        }
+        self.head = list(head)
+        attention = [p for p, la in self.layers.items() if _attends(p, la)]
+        self.attention = tuple(path + "." for path in attention)
+        self.blocks = tuple(
+            path + "."
+            for path, layer in self.layers.items()
+            if not isinstance(layer, keras.Model)
+            and any(a.startswith(path + ".") for a in attention)
+        )
+
+    def group(self, name: str) -> list[str]:
+        """Paths of a target group; heads belong to none."""
+        return [
+            path
+            for path, layer in self.with_kernel.items()
+            if self._in_group(name, path, layer) and not self._in_head(path)
+        ]
+
+    def _in_group(self, name, path, layer):
+        if name == "embeddings":
+            return isinstance(layer, keras.layers.Embedding)
+        if name == "convolutions":
+            return isinstance(layer, _CONVOLUTIONS)
+        if not isinstance(layer, _LINEAR):
+            return False
+        attends = path.startswith(self.attention)
+        if name == "attention":
+            return attends
+        if name == "mlp":
+            return path.startswith(self.blocks) and not attends
+        return True
+
+    def _in_head(self, path):
+        return any(path == h or path.startswith(h + ".") for h in self.head)
+
+    def matching(self, target: str) -> list[str]:
+        """Paths of the layers that one target names."""
+        if target in GROUPS:
+            return self.group(target)
+        check_pattern(target)
+        return [
+            path
+            for path, layer in self.with_kernel.items()
+            if layer.name == target or path_matches(target, path)
+        ]
+
+    def default(self) -> list[str]:
+        """All linear layers; where convolutions hold most weights, those too.
+
+        Fine-tuning every linear layer, feed-forward ones included, is what
+        matches full fine-tuning
+        ([LoRA Without Regret](https://thinkingmachines.ai/blog/lora/)).
+        """
+        linear, convolutions = self.group("all-linear"), self.group(
+            "convolutions"
+        )
+        if self._size(convolutions) > self._size(linear):
+            return linear + convolutions
+        return linear
+
+    def _size(self, paths):
+        shapes = [kernel_of(self.layers[path]).variable.shape for path in paths]
+        return sum(math.prod(shape) for shape in shapes)
+
+    def names(self) -> dict[str, int]:
+        """`{name: count}` of the layers that could be named."""
+        counts: dict[str, int] = {}
+        for layer in self.with_kernel.values():
+            counts[layer.name] = counts.get(layer.name, 0) + 1
+        return counts
+
+
+def select(candidates: Candidates, targets: str | Sequence[str]) -> list[str]:
+    """Paths of the layers that `targets` name, in the model's order.
+
+    Raises:
+        ValueError: if a target names no layer, with what exists.
+    """
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    matches = {target: candidates.matching(target) for target in targets}
+    unmatched = [target for target, paths in matches.items() if not paths]
+    if unmatched or not targets:
+        raise ValueError(no_match(candidates, unmatched, targets))
+    chosen = {path for paths in matches.values() for path in paths}
+    return [path for path in candidates.with_kernel if path in chosen]
+
+
+def no_match(candidates, unmatched, targets, argument="targets"):
+    names = candidates.names()
+    listed = ", ".join(
+        f"{name!r} (x{count})" if count > 1 else repr(name)
+        for name, count in names.items()
+    )
+    groups = [group for group in GROUPS if candidates.group(group)]
+    missing = ", ".join(map(repr, unmatched)) or "an empty list"
+    near = nearest(unmatched[0], [*names, *groups]) if unmatched else ""
+    return (
+        f"No layer of `{candidates.model.name}` matches {missing}.{near} "
+        f"Layers that can be adapted: {listed or 'none'}. Groups: "
+        f"{', '.join(map(repr, groups)) or 'none'}. "
+        f"Received: {argument}={targets}"
+    )
+
+
+def _attends(path, layer):
+    name = type(layer).__name__.lower()
+    return "attention" in name and "norm" not in name and bool(layer._layers)
+
+
+def _fits(layer):
+    """False for a kernel that is no one matrix, such as one per expert."""
+    try:
+        kernel_of(layer)
+    except TypeError:
+        return False
+    return True
+
+
+def find_head(model: keras.Layer) -> list[str]:
+    """Paths of what stands outside the base of `model`.
+
+    The base is `model.backbone`, or else the only model among its layers: a
+    backbone with a classifier on top. A model without either has no head.
+    """
+    children = list(layer_tree.children(model))
+    base = getattr(model, "backbone", None)
+    if base is None:
+        models = [la for _, la in children if isinstance(la, keras.Model)]
+        base = models[0] if len(models) == 1 else None
+    if base is None or base is model:
+        return []
+    inside = {id(base), *(id(layer) for _, layer in layer_tree.walk(base))}
+    return [
+        path
+        for path, layer in children
+        if id(layer) not in inside and layer.variables
+    ]
