@@ -1,11 +1,27 @@
 """From a merged Keras model to a checked ONNX graph in memory."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from typing import Any
 
 import keras
+import numpy as np
 
+from keras_peft.export import graph as tracing
+from keras_peft.export import samples
+from keras_peft.export import verify
+from keras_peft.export.result import FloatWeight
 from keras_peft.export.result import OnnxResult
+from keras_peft.export.result import Verification
+from keras_peft.export.signature import Signature
+from keras_peft.export.signature import read_signature
+
+if TYPE_CHECKING:
+    import onnx
+
+_STEPS = (None, "float16", "int8")
+_PACKAGES = ("onnx", "onnxruntime", "onnx_ir")
 
 
 def build_onnx(
@@ -29,5 +45,184 @@ def build_onnx(
 
     Returns:
         An `OnnxResult`.
+
+    Raises:
+        ValueError: If an argument or the model is not exportable.
+        ImportError: If a package of the extra `export` is missing.
+        TracingError: If no tracer gives a graph that equals the model.
     """
-    raise NotImplementedError
+    _check(model, quantize)
+    checked = _Checked.of(model, calibration)
+    float_model, tracer, notes, float_check = _float_graph(
+        checked, tolerance if quantize is None else None
+    )
+    final, left_float = _quantized(float_model, quantize)
+    steps = [float_check]
+    if quantize is not None:
+        steps.append(checked.compare(final, quantize, tolerance))
+        _enforce(steps[-1])
+    inputs, outputs = _interface(float_model)
+    return OnnxResult(
+        model=final,
+        float_model=float_model,
+        quantize=quantize,
+        inputs=inputs,
+        outputs=outputs,
+        tracer=tracer,
+        notes=tuple(notes),
+        verification=tuple(steps),
+        weights_left_float=left_float,
+        sizes={"float32": float_model.ByteSize()}
+        | ({quantize: final.ByteSize()} if quantize else {}),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A model with the inputs it is checked on and what it gives for them."""
+
+    model: keras.Model
+    signature: Signature
+    batches: list[samples.Batch]
+    references: list[list[np.ndarray]]
+
+    @classmethod
+    def of(cls, model: keras.Model, calibration: Any) -> "_Checked":
+        signature = read_signature(model)
+        batches = [
+            samples.make_batch(model, signature, sizes, seed)
+            for seed, sizes in enumerate(samples.check_sizes(model, signature))
+        ]
+        if calibration is not None:
+            batches += samples.read_batches(signature, calibration)
+        references = [
+            verify.reference_outputs(model, signature, batch)
+            for batch in batches
+        ]
+        return cls(model, signature, batches, references)
+
+    def compare(
+        self, graph: "onnx.ModelProto", step: str, tolerance: float | None
+    ) -> Verification:
+        return verify.compare(
+            graph, self.batches, self.references, step, tolerance
+        )
+
+
+def _check(model: keras.Model, quantize: str | None) -> None:
+    import importlib.util
+
+    if quantize not in _STEPS:
+        raise ValueError(
+            "`quantize` names the numbers the file stores: None for float32, "
+            f"'float16' or 'int8'. Received: quantize={quantize!r}"
+        )
+    missing = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
+    if missing:
+        raise ImportError(
+            "Exporting needs packages that are not installed; get them with "
+            f"`pip install keras-peft[export]`. Received: no {missing}"
+        )
+    quantized = [
+        layer.path
+        for layer in model._flatten_layers()
+        if getattr(layer, "quantization_mode", None)
+    ]
+    if quantized:
+        raise ValueError(
+            "Weights that Keras quantized would come back in float, or in a "
+            "file that does not run. Export the float model and quantize "
+            "the graph with `quantize='int8'`. Received: quantized layers "
+            f"{quantized[:5]}{'...' if len(quantized) > 5 else ''}"
+        )
+
+
+def _float_graph(
+    checked: _Checked, tolerance: float | None
+) -> tuple["onnx.ModelProto", str, list[str], Verification]:
+    """The graph of the first tracer whose result equals the model."""
+    tracers = tracing.tracers_for(checked.model)
+    if not tracers:
+        raise ImportError(
+            "A graph is traced by torch or by TensorFlow, and neither is "
+            "complete here; get one with `pip install keras-peft[export]`. "
+            "Received: no onnxscript beside torch, no tf2onnx beside "
+            "TensorFlow"
+        )
+    notes: list[str] = []
+    for tracer in tracers:
+        try:
+            graph = _traced(checked, tracer)
+            bound = tolerance or verify.rounding_bound(graph)
+            check = checked.compare(graph, "float32", bound)
+            _enforce(check)
+        except Exception as error:
+            notes.append(f"The {tracer} tracer failed: {error}")
+        else:
+            return graph, tracer, notes, check
+    raise tracing.TracingError(
+        "No tracer gave a graph that equals the model; nothing was written. "
+        "Export a part of the model that takes plain tensors, or open the "
+        "model's unusual layers to tracing. Received:\n" + "\n".join(notes)
+    )
+
+
+def _traced(checked: _Checked, tracer: str) -> "onnx.ModelProto":
+    import onnx_ir as ir
+
+    from keras_peft.export import names
+    from keras_peft.export.optimize import optimize
+
+    model, signature = checked.model, checked.signature
+    sizes = samples.trace_sizes(model, signature)
+    sample = samples.make_batch(model, signature, sizes, seed=2)
+    proto = tracing.trace(model, signature, sample, tracer)
+    graph = ir.from_proto(proto)
+    outputs = names.output_names(
+        model, signature.call(model, checked.batches[0])
+    )
+    names.name_interface(graph, signature, outputs)
+    variables = {
+        variable.path: keras.ops.convert_to_numpy(variable)
+        for variable in model.variables
+    }
+    optimize(graph, variables)
+    return ir.to_proto(graph)
+
+
+def _quantized(
+    graph: "onnx.ModelProto", quantize: str | None
+) -> tuple["onnx.ModelProto", tuple[FloatWeight, ...]]:
+    if quantize is None:
+        return graph, ()
+    if quantize == "float16":
+        from keras_peft.export.half import to_float16
+
+        return to_float16(graph), ()
+    import onnx_ir as ir
+
+    from keras_peft.export.quantize import quantize_int8
+
+    model = ir.from_proto(graph)
+    left_float = quantize_int8(model)
+    return ir.to_proto(model), left_float
+
+
+def _enforce(check: Verification) -> None:
+    if check.tolerance is None or check.relative <= check.tolerance:
+        return
+    raise ValueError(
+        f"The {check.step} graph differs from the model by more than the "
+        f"tolerance of {check.tolerance:.2g}; it was discarded. Give a larger "
+        "`tolerance` if the difference is acceptable. Received: relative "
+        f"difference {check.relative:.3g}, cosine {check.cosine:.5f}"
+    )
+
+
+def _interface(graph: "onnx.ModelProto") -> tuple[Any, Any]:
+    import onnx_ir as ir
+
+    from keras_peft.export import names
+
+    model = ir.from_proto(graph)
+    return names.specs(model.graph.inputs), names.specs(model.graph.outputs)

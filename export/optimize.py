@@ -1,0 +1,27 @@
+"""The rewrites that make a traced graph small and fast, in their order."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from keras_peft.export.passes import deduplicate_initializers
+from keras_peft.export.passes import einsum_to_matmul
+from keras_peft.export.passes import gemm_to_matmul
+from keras_peft.export.passes import name_initializers
+from keras_peft.export.passes import rewriting
+
+
+def optimize(model: ir.Model, variables: Mapping[str, np.ndarray]) -> None:
+    """Applies every rewrite to a graph with named inputs, in place.
+
+    Args:
+        model: A traced graph.
+        variables: Values of the Keras model's variables by path.
+    """
+    # Names first: later rewrites reshape and join what the names go by.
+    name_initializers.apply(model, variables)
+    einsum_to_matmul.apply(model)
+    gemm_to_matmul.apply(model)
+    deduplicate_initializers.apply(model)
+    rewriting.remove_unused(model)

@@ -1,0 +1,116 @@
+"""Reading and replacing nodes, for the rewrites beside this file."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+
+def nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
+    """Nodes of the main graph with one of the ONNX `op_types`.
+
+    The list is taken first, so nodes may be replaced on the way.
+    """
+    for node in list(model.graph):
+        wanted = node.domain == "" and node.op_type in op_types
+        if wanted and node.graph is not None:
+            yield node
+
+
+def array(value: ir.Value | None) -> np.ndarray | None:
+    """The content of a constant, or `None` for anything computed."""
+    if value is None or value.const_value is None:
+        return None
+    if value.is_graph_input():
+        return None
+    return value.const_value.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The content of a constant with one element."""
+    content = array(value)
+    return None if content is None or content.size != 1 else content.item()
+
+
+def constant(model: ir.Model, name: str, content: np.ndarray) -> ir.Value:
+    """A new initializer, with a number behind its name if it is taken."""
+    graph = model.graph
+    taken = graph.initializers
+    unique, number = name, 1
+    while unique in taken:
+        number += 1
+        unique = f"{name}_{number}"
+    tensor = ir.tensor(np.ascontiguousarray(content), name=unique)
+    value = ir.val(
+        unique, dtype=tensor.dtype, shape=tensor.shape, const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def before(
+    node: ir.Node,
+    op_type: str,
+    inputs: list[ir.Value],
+    num_outputs: int = 1,
+    domain: str = "",
+    **attributes: Any,
+) -> Any:
+    """Adds a node ahead of `node`; returns its output or outputs."""
+    new = ir.node(
+        op_type,
+        inputs,
+        attributes,
+        num_outputs=num_outputs,
+        domain=domain,
+    )
+    node.graph.insert_before(node, new)
+    return new.outputs[0] if num_outputs == 1 else new.outputs
+
+
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Gives all users of `old` the value `new`, which takes its name."""
+    producer = old.producer()
+    new.shape = new.shape or old.shape
+    new.type = new.type or old.type
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    new.name, old.name = old.name, None
+    if producer is not None and producer.graph is not None:
+        producer.graph.remove(producer, safe=False)
+
+
+def only_user(value: ir.Value) -> ir.Node | None:
+    """The node that reads `value`, if just one does and no output shows it."""
+    uses = value.consumers()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    return uses[0]
+
+
+def other_input(node: ir.Node, value: ir.Value) -> ir.Value:
+    """The second operand of a node with two."""
+    first, second = node.inputs
+    return second if first is value else first
+
+
+def string(node: ir.Node, name: str, default: str = "") -> str:
+    """A string attribute."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_string()
+
+
+def integer(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Drops nodes and initializers that no output depends on."""
+    import onnx_ir.passes.common as common
+
+    common.RemoveUnusedNodesPass()(model)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
