@@ -1,10 +1,12 @@
 import os
 
-# Before Keras is imported: TensorFlow reads these once.
+import pytest
+
+# Before anything imports Keras: TensorFlow reads these once.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # One thread for each worker: two that both take every core slow each other.
+    # One thread each: workers that all take every core slow each other down.
     for variable in (
         "OMP_NUM_THREADS",
         "TF_NUM_INTEROP_THREADS",
@@ -12,16 +14,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     ):
         os.environ.setdefault(variable, "1")
 
-import keras
-import pytest
 
-
+# Keras is imported late, so that a process that only hands out tests does not
+# spend seconds on it.
 @pytest.fixture(autouse=True)
 def seed():
+    import keras
+
     keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def release_memory():
     yield
+    import keras
+
     keras.backend.clear_session()

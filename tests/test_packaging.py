@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import keras_peft
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -100,6 +103,22 @@ def test_importing_is_cheap(tmp_path):
         "rich",
         "safetensors",
     }
+
+
+@pytest.mark.parametrize("name", keras_peft.__all__)
+def test_public_functions_are_annotated(name):
+    promised = getattr(keras_peft, name)
+    if inspect.isfunction(promised):
+        signature = inspect.signature(promised)
+        annotations = {
+            parameter.name: parameter.annotation
+            for parameter in signature.parameters.values()
+        }
+        annotations["return"] = signature.return_annotation
+        bare = [
+            k for k, v in annotations.items() if v is inspect.Parameter.empty
+        ]
+        assert not bare
 
 
 IMPORT_AND_LOOK = """
