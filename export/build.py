@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_peft.export import comparison
 from keras_peft.export import graph as tracing
 from keras_peft.export import samples
-from keras_peft.export import verify
 from keras_peft.export.result import FloatWeight
 from keras_peft.export.result import OnnxResult
 from keras_peft.export.result import Verification
@@ -96,7 +96,7 @@ class _Checked:
         if calibration is not None:
             batches += samples.read_batches(signature, calibration)
         references = [
-            verify.reference_outputs(model, signature, batch)
+            comparison.reference_outputs(model, signature, batch)
             for batch in batches
         ]
         return cls(model, signature, batches, references)
@@ -104,7 +104,7 @@ class _Checked:
     def compare(
         self, graph: "onnx.ModelProto", step: str, tolerance: float | None
     ) -> Verification:
-        return verify.compare(
+        return comparison.compare(
             graph, self.batches, self.references, step, tolerance
         )
 
@@ -153,7 +153,7 @@ def _float_graph(
     for tracer in tracers:
         try:
             graph = _traced(checked, tracer)
-            bound = tolerance or verify.rounding_bound(graph)
+            bound = tolerance or comparison.rounding_bound(graph)
             check = checked.compare(graph, "float32", bound)
             _enforce(check)
         except Exception as error:
@@ -187,7 +187,16 @@ def _traced(checked: _Checked, tracer: str) -> "onnx.ModelProto":
         for variable in model.variables
     }
     optimize(graph, variables)
-    return ir.to_proto(graph)
+    return _to_proto(graph)
+
+
+def _to_proto(graph: Any) -> "onnx.ModelProto":
+    """The file form; it repeats the shape of no initializer."""
+    import onnx_ir as ir
+
+    proto = ir.to_proto(graph)
+    del proto.graph.value_info[:]
+    return proto
 
 
 def _quantized(
@@ -205,7 +214,7 @@ def _quantized(
 
     model = ir.from_proto(graph)
     left_float = quantize_int8(model)
-    return ir.to_proto(model), left_float
+    return _to_proto(model), left_float
 
 
 def _enforce(check: Verification) -> None:

@@ -7,8 +7,12 @@ import onnx_ir as ir
 
 from keras_peft.export.passes import deduplicate_initializers
 from keras_peft.export.passes import einsum_to_matmul
+from keras_peft.export.passes import fold_scale
 from keras_peft.export.passes import gemm_to_matmul
+from keras_peft.export.passes import mask_by_adding
 from keras_peft.export.passes import name_initializers
+from keras_peft.export.passes import plain_gather
+from keras_peft.export.passes import residual_apart
 from keras_peft.export.passes import rewriting
 
 
@@ -23,5 +27,9 @@ def optimize(model: ir.Model, variables: Mapping[str, np.ndarray]) -> None:
     name_initializers.apply(model, variables)
     einsum_to_matmul.apply(model)
     gemm_to_matmul.apply(model)
+    plain_gather.apply(model)
+    mask_by_adding.apply(model)
+    fold_scale.apply(model)
+    residual_apart.apply(model)
     deduplicate_initializers.apply(model)
-    rewriting.remove_unused(model)
+    rewriting.clean(model)

@@ -43,7 +43,7 @@ def quantize_int8(model: ir.Model) -> tuple[FloatWeight, ...]:
     for value in originals - set(kept):
         if value.uses():
             _store_only(model, value)
-    rewriting.remove_unused(model)
+    rewriting.clean(model)
     return _left_float(model, kept)
 
 
@@ -69,7 +69,7 @@ def _left_float(
         )
         for value in model.graph.initializers.values()
         if (content := rewriting.array(value)) is not None
-        and content.dtype == np.float32
+        and content.dtype in (np.float16, np.float32)
         and content.size > 1
     )
 
@@ -79,8 +79,29 @@ def _integers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rounds to int8 with one scale for all that shares the other axes."""
     scale = np.abs(content).max(axis=axes, keepdims=True) / _LARGEST
-    scale = np.where(scale == 0, 1, scale).astype("float32")
-    return np.rint(content / scale).astype("int8"), scale
+    scale = _half_not_below(np.where(scale == 0, 1, scale))
+    integers = np.rint(content / scale.astype("float32"))
+    return integers.astype("int8"), scale
+
+
+def _half_not_below(scale: np.ndarray) -> np.ndarray:
+    """Scales in float16 where it can hold them, rounded up.
+
+    Rounded before the integers are taken, half the bytes cost no accuracy.
+    """
+    half = scale.astype("float16")
+    half = np.where(half < scale, np.nextafter(half, np.float16("inf")), half)
+    fits = np.isfinite(half).all() and scale.min() > np.finfo("float16").tiny
+    return half if fits else scale.astype("float32")
+
+
+def _scales(model: ir.Model, name: str, scale: np.ndarray) -> ir.Value:
+    """The scales as float32, which a runtime computes on loading."""
+    stored = rewriting.constant(model, f"{name}/scale", scale)
+    if scale.dtype == np.float32:
+        return stored
+    first = model.graph[0]
+    return rewriting.before(first, "Cast", [stored], to=ir.DataType.FLOAT)
 
 
 def _quantize_tables(model: ir.Model, tables: set[ir.Value]) -> None:
@@ -88,7 +109,7 @@ def _quantize_tables(model: ir.Model, tables: set[ir.Value]) -> None:
         content = rewriting.array(table)
         rows, scale = _integers(content, tuple(range(1, content.ndim)))
         stored = rewriting.constant(model, f"{table.name}/int8", rows)
-        scales = rewriting.constant(model, f"{table.name}/scale", scale)
+        scales = _scales(model, table.name, scale)
         for node, position in list(table.uses()):
             if node.op_type == "Gather" and position == 0:
                 _look_up(node, stored, scales)
@@ -110,9 +131,7 @@ def _multiply_tied(
 ) -> None:
     """A table that is also the kernel of the output: rows become columns."""
     kernel = rewriting.before(transpose, "Transpose", [stored], perm=[1, 0])
-    columns = rewriting.constant(
-        model, f"{stored.name}/columns", scale.reshape(-1)
-    )
+    columns = _scales(model, f"{stored.name}/columns", scale.reshape(-1))
     seen: dict[ir.Value, Quantized] = {}
     for node, position in list(transpose.outputs[0].uses()):
         if node.op_type == "MatMul" and position == 1:
@@ -131,9 +150,7 @@ def _quantize_kernels(model: ir.Model, kept: set[ir.Value]) -> None:
             matrix, scale = _integers(content, (0,))
             done[kernel] = (
                 rewriting.constant(model, f"{kernel.name}/int8", matrix),
-                rewriting.constant(
-                    model, f"{kernel.name}/scale", scale.reshape(-1)
-                ),
+                _scales(model, kernel.name, scale.reshape(-1)),
             )
         _multiply(node, *done[kernel], seen)
 
@@ -167,7 +184,7 @@ def _store_only(model: ir.Model, value: ir.Value) -> None:
         axes = (content.ndim - 1,)
     numbers, scale = _integers(content, axes)
     stored = rewriting.constant(model, f"{value.name}/int8", numbers)
-    scales = rewriting.constant(model, f"{value.name}/scale", scale)
+    scales = _scales(model, value.name, scale)
     first = model.graph[0]
     floats = rewriting.before(first, "Cast", [stored], to=ir.DataType.FLOAT)
     floats = rewriting.before(first, "Mul", [floats, scales])

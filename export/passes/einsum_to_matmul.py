@@ -66,7 +66,7 @@ def _with_kernel(
         result = _reshape(model, last, result, shape)
     rewriting.replace(last.outputs[0], result)
     if last is not node:
-        node.graph.remove(node, safe=False)
+        node.graph.remove(node, safe=True)
     return True
 
 

@@ -77,7 +77,7 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     new.name, old.name = old.name, None
     if producer is not None and producer.graph is not None:
-        producer.graph.remove(producer, safe=False)
+        producer.graph.remove(producer, safe=True)
 
 
 def only_user(value: ir.Value) -> ir.Node | None:
@@ -106,11 +106,22 @@ def integer(node: ir.Node, name: str, default: int) -> int:
     return default if attribute is None else attribute.as_int()
 
 
-def remove_unused(model: ir.Model) -> None:
-    """Drops nodes and initializers that no output depends on."""
+def clean(model: ir.Model) -> None:
+    """Drops what no output depends on, and what only a tracer wanted.
+
+    Shapes of inner values go too: a runtime infers its own, and believes
+    stored ones even where a rewrite left an axis open on purpose.
+    """
     import onnx_ir.passes.common as common
 
     common.RemoveUnusedNodesPass()(model)
-    for name, value in list(model.graph.initializers.items()):
+    common.ClearMetadataAndDocStringPass()(model)
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
-            del model.graph.initializers[name]
+            del graph.initializers[name]
+    for node in graph:
+        node.name = ""
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None
