@@ -1,1 +1,117 @@
 """Turn a merged Keras model into a folder that runs on a device."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+if TYPE_CHECKING:
+    import keras
+
+    from keras_peft.export.report import ExportReport
+    from keras_peft.merge import MergeReport
+
+__all__ = ["to_onnx", "verify"]
+
+
+def to_onnx(
+    model: "keras.Model",
+    folder: str | Path,
+    quantize: str | None = None,
+    calibration: Any = None,
+    tolerance: float | None = None,
+    preprocessor: Any = None,
+    labels: Sequence[str] | None = None,
+    evaluation: tuple[Any, Any] | None = None,
+    merge_report: "MergeReport | None" = None,
+) -> "ExportReport":
+    """Writes a folder that runs `model` without Keras, and checks it.
+
+    The folder holds `model.onnx`, the tokenizer that trained and the settings
+    around it, a manifest with hashes, a report, and a README with the code
+    that runs exactly this model on ONNX Runtime. It appears whole or not at
+    all; an older export of the same name is replaced.
+
+    Before anything is written, the graph is run on other sizes than it was
+    traced with and compared with Keras, and the tokenizer file is compared
+    with the keras-hub layer on text in many scripts.
+
+    Args:
+        model: A built Keras model without adapters; `keras_peft.merge` first.
+        folder: Where to write. A new folder, or an older export.
+        quantize: `None` for float32, `"float16"` for half the bytes, or
+            `"int8"` for a quarter and more speed on processors.
+        calibration: Real samples to check on: texts, an array, or a
+            dictionary of arrays by input name.
+        tolerance: Largest accepted difference from Keras, relative to the
+            largest output. By default float32 must meet a bound derived from
+            rounding, and a quantized model is measured and reported.
+        preprocessor: A keras-hub preprocessor, tokenizer or image converter.
+            By default `model.preprocessor`, where there is one. `False`
+            leaves it out of the folder.
+        labels: Names of the classes, in the order of the outputs.
+        evaluation: `(inputs, labels)` to report accuracy on before and after
+            each step. Inputs as for `calibration`; labels are class numbers.
+        merge_report: What `keras_peft.merge` returned, to be shown in the
+            report.
+
+    Returns:
+        An `ExportReport`; `print` shows size, latency and quality by step.
+
+    Raises:
+        ValueError: If an argument does not fit, the model carries adapters,
+            or a check fails. The folder is then as it was.
+        ImportError: If `pip install keras-peft[export]` is missing.
+
+    Example:
+    ```python
+    keras_peft.merge(classifier)
+    report = keras_peft.export.to_onnx(
+        classifier,
+        "sentiment/",
+        quantize="int8",
+        labels=["negative", "positive"],
+        evaluation=(test_texts, test_labels),
+    )
+    print(report)
+    ```
+    """
+    from keras_peft.export import deploy
+
+    return deploy.to_onnx(
+        model,
+        folder,
+        quantize=quantize,
+        calibration=calibration,
+        tolerance=tolerance,
+        preprocessor=preprocessor,
+        labels=labels,
+        evaluation=evaluation,
+        merge_report=merge_report,
+    )
+
+
+def verify(
+    folder: str | Path, model: "keras.Model", samples: Any = None
+) -> "ExportReport":
+    """Checks a folder again: later, elsewhere, after a copy.
+
+    Every file is compared with the manifest, then `model.onnx` is run in the
+    ONNX Runtime of this machine and compared with the Keras model.
+
+    Args:
+        folder: A folder that `to_onnx` wrote.
+        model: The Keras model it was exported from, merged.
+        samples: Samples to compare on, as in `to_onnx`; made up by default.
+
+    Returns:
+        An `ExportReport` of this machine.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If it is not an export, files are missing or changed, or
+            it computes something else than `model`.
+    """
+    from keras_peft.export import deploy
+
+    return deploy.verify(folder, model, samples)

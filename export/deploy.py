@@ -1,0 +1,206 @@
+"""From a merged Keras model to a folder that a device can run."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_peft import layer_tree
+from keras_peft.export import measure
+from keras_peft.export import samples as inputs
+from keras_peft.export.assess import Evaluation
+from keras_peft.export.assess import assess
+from keras_peft.export.batches import Rows
+from keras_peft.export.batches import is_texts
+from keras_peft.export.batches import padding_is_free
+from keras_peft.export.batches import read_rows
+from keras_peft.export.build import build_onnx
+from keras_peft.export.comparison import compare
+from keras_peft.export.comparison import reference_outputs
+from keras_peft.export.comparison import rounding_bound
+from keras_peft.export.folder import MODEL
+from keras_peft.export.folder import check_target
+from keras_peft.export.folder import read_folder
+from keras_peft.export.folder import write_folder
+from keras_peft.export.preprocessor import describe_preprocessor
+from keras_peft.export.report import ExportReport
+from keras_peft.export.result import TensorSpec
+from keras_peft.export.signature import Signature
+from keras_peft.export.signature import read_signature
+
+# How far a check on other samples may exceed what the export measured.
+SPREAD = 10
+
+
+def to_onnx(
+    model: keras.Model,
+    folder: str | Path,
+    quantize: str | None = None,
+    calibration: Any = None,
+    tolerance: float | None = None,
+    preprocessor: Any = None,
+    labels: Sequence[str] | None = None,
+    evaluation: tuple[Any, Any] | None = None,
+    merge_report: Any = None,
+) -> ExportReport:
+    """See `keras_peft.export.to_onnx`."""
+    if preprocessor is None:
+        preprocessor = getattr(model, "preprocessor", None)
+    preprocessor = preprocessor or None  # `False` leaves it out.
+    _check(model, folder, labels, evaluation)
+    signature = read_signature(model)
+    specs = [TensorSpec(i.name, i.dtype, i.shape) for i in signature.inputs]
+    texts = list(calibration) if is_texts(calibration) else []
+    preprocessing = describe_preprocessor(preprocessor, specs, texts)
+    if texts:
+        rows = read_rows(texts, preprocessor, specs, trim=True)
+        calibration = list(rows.batches)
+    result = build_onnx(model, quantize, calibration, tolerance)
+    text = preprocessing.text
+    trim = text is not None and padding_is_free(
+        measure.runner(result.float_model), preprocessor, text, specs
+    )
+    if trim and text is not None:
+        text.pad_to_longest()
+    graphs = {"float32": result.float_model}
+    if quantize is not None:
+        graphs[quantize] = result.model
+    report = assess(
+        model,
+        graphs,
+        result.verification,
+        _evaluation(evaluation, preprocessor, specs, trim),
+        labels,
+    )
+    report = dataclasses.replace(
+        report,
+        weights=measure.weight_errors(result.float_model, result.model),
+        weights_left_float=result.weights_left_float,
+        merge_errors=dict(merge_report.errors) if merge_report else None,
+        tracer=result.tracer,
+        notes=result.notes,
+    )
+    write_folder(folder, result, preprocessing, labels, report)
+    return report
+
+
+def verify(
+    folder: str | Path, model: keras.Model, samples: Any = None
+) -> ExportReport:
+    """See `keras_peft.export.verify`."""
+    import onnx
+
+    folder, manifest = read_folder(folder)
+    problems = _adapted(model)
+    if problems:
+        raise ValueError(" ".join(problems))
+    signature = read_signature(model)
+    _check_inputs(signature, manifest)
+    batches = _batches(model, signature, samples)
+    graph = onnx.load(folder / MODEL)
+    references = [reference_outputs(model, signature, b) for b in batches]
+    step = manifest["quantization"] or "float32"
+    check = compare(graph, batches, references, step)
+    recorded = json.loads((folder / "report.json").read_text("utf-8"))
+    limit = SPREAD * recorded["steps"][-1]["relative"]
+    limit = max(limit, rounding_bound(graph))
+    if not check.relative <= limit:
+        raise ValueError(
+            "The model in the folder does not compute what this Keras model "
+            "computes. Was it exported from these weights? Received: relative "
+            f"difference {check.relative:.2g}, cosine {check.cosine:.4f}, "
+            f"where the export measured a difference up to {limit:.2g}"
+        )
+    return assess(model, {step: graph}, [check])
+
+
+def _check(
+    model: keras.Model,
+    folder: str | Path,
+    labels: Sequence[str] | None,
+    evaluation: tuple[Any, Any] | None,
+) -> None:
+    """Finds everything that is wrong before any work is done."""
+    problems = [*_adapted(model), *check_target(folder)]
+    problems += _wrong_labels(model, labels)
+    if evaluation is not None and len(evaluation) != 2:
+        problems.append(
+            "`evaluation` is a pair, `(inputs, labels)`. Received: "
+            f"{len(evaluation)} parts"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _adapted(model: keras.Model) -> list[str]:
+    paths = [path for path, _ in layer_tree.adapted_layers(model)]
+    if not paths:
+        return []
+    return [
+        "The model carries adapters; a file for a device holds plain layers. "
+        "Call `keras_peft.merge(model)` first; `keras_peft.unmerge(model)` "
+        f"brings the adapters back. Received: {len(paths)} adapted layers, "
+        f"{paths[:3]}{'...' if len(paths) > 3 else ''}"
+    ]
+
+
+def _wrong_labels(
+    model: keras.Model, labels: Sequence[str] | None
+) -> list[str]:
+    if labels is None:
+        return []
+    labels = list(labels)
+    if not labels or not all(isinstance(label, str) for label in labels):
+        return [f"`labels` is a list of names. Received: labels={labels!r}"]
+    output = keras.tree.flatten(getattr(model, "outputs", None) or [None])[0]
+    width = None if output is None else output.shape[-1]
+    # One number between two classes: no, or yes.
+    if width in (None, len(labels)) or (width == 1 and len(labels) == 2):
+        return []
+    return [
+        f"`labels` needs one name per class; the model has {width}. "
+        f"Received: {len(labels)} labels, {labels[:5]}"
+    ]
+
+
+def _evaluation(
+    evaluation: tuple[Any, Any] | None,
+    preprocessor: Any,
+    specs: Sequence[TensorSpec],
+    trim: bool,
+) -> Evaluation | None:
+    if evaluation is None:
+        return None
+    samples, labels = evaluation
+    rows: Rows = read_rows(samples, preprocessor, specs, trim)
+    return Evaluation(rows.batches, labels, rows.texts)
+
+
+def _check_inputs(signature: Signature, manifest: Mapping[str, Any]) -> None:
+    wanted = sorted(entry["name"] for entry in manifest["inputs"])
+    names = sorted(spec.name for spec in signature.inputs)
+    if names != wanted:
+        raise ValueError(
+            "The folder was exported from another model. It takes "
+            f"{wanted}. Received: a model that takes {names}"
+        )
+
+
+def _batches(
+    model: keras.Model, signature: Signature, samples: Any
+) -> list[inputs.Batch]:
+    if is_texts(samples):
+        preprocessor = getattr(model, "preprocessor", None)
+        specs = [TensorSpec(i.name, i.dtype, i.shape) for i in signature.inputs]
+        rows = read_rows(list(samples), preprocessor, specs, trim=True)
+        return [dict(batch) for batch in rows.batches]
+    if samples is not None:
+        return inputs.read_batches(signature, samples)
+    return [
+        inputs.make_batch(model, signature, sizes, seed)
+        for seed, sizes in enumerate(inputs.check_sizes(model, signature))
+    ]
