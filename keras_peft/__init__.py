@@ -8,29 +8,35 @@
 """
 
 from keras_peft import export
+from keras_peft import layers
 from keras_peft.adapt import adapt
 from keras_peft.adapt import disabled
 from keras_peft.adapt import remove
 from keras_peft.adapt import set_adapter
 from keras_peft.adapter_io import load_adapter
 from keras_peft.adapter_io import save_adapter
+from keras_peft.callbacks import AdapterCheckpoint
 from keras_peft.merge import MergeReport
 from keras_peft.merge import merge
 from keras_peft.merge import unmerge
 from keras_peft.methods import LoRA
+from keras_peft.summary import summary
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterCheckpoint",
     "LoRA",
     "MergeReport",
     "adapt",
     "disabled",
     "export",
+    "layers",
     "load_adapter",
     "merge",
     "remove",
     "save_adapter",
     "set_adapter",
+    "summary",
     "unmerge",
 ]

@@ -150,7 +150,9 @@ def _head_of(model, head):
 
 
 def _below(head, paths):
-    return {path for path in paths if path == head or path.startswith(head + ".")}
+    return {
+        path for path in paths if path == head or path.startswith(head + ".")
+    }
 
 
 def _check_patterns(candidates, method, paths):
@@ -170,7 +172,9 @@ def check_layers(layers: Mapping[str, keras.Layer], method: Method) -> None:
     """Raises a `ValueError` that names every layer the method cannot take."""
     objections = []
     for path, layer in layers.items():
-        objection = _objection(layer) or method.objection(path, kernel_of(layer))
+        objection = _objection(layer) or method.objection(
+            path, kernel_of(layer)
+        )
         if objection:
             objections.append(f"`{path}`: {objection}")
     if objections:

@@ -1,13 +1,10 @@
 """What a model keeps while it is adapted, and how it is saved then."""
 
 import dataclasses
-import random
 
 import keras
-import numpy as np
 
 from keras_peft import layer_tree
-from keras_peft.kernels import kernel_of
 from keras_peft.methods.method import Method
 
 
@@ -210,12 +207,9 @@ def install(model, name, adapter, head, initialize=False):
     layers = dict(layer_tree.walk(model))
     created = []
     for path in adapter.paths:
-        created.append(adapter.method.create(path, layers[path], name))
-        kernel = kernel_matrix(layers[path])
-        if initialize:
-            created[-1].initialize(kernel, _generator())
-        else:
-            created[-1].read_base(kernel)
+        leaf = adapter.method.create(path, layers[path], name)
+        leaf.start() if initialize else leaf.read_base()
+        created.append(leaf)
     if not is_adapted(model):
         _become_adapted(model, head)
     for path, leaf in zip(adapter.paths, created, strict=True):
@@ -223,18 +217,6 @@ def install(model, name, adapter, head, initialize=False):
     state = model.peft
     state.adapters[name] = adapter
     state.heads[name] = state.heads[None]
-
-
-def _generator():
-    # Python's generator is one that `keras.utils.set_random_seed` seeds.
-    return np.random.default_rng(random.randint(0, 2**31 - 1))
-
-
-def kernel_matrix(layer):
-    """The kernel as a float32 `[inputs, outputs]` NumPy array."""
-    view = kernel_of(layer)
-    kernel = keras.ops.convert_to_numpy(keras.ops.cast(view.variable, "float32"))
-    return view.to_matrix(kernel)
 
 
 def _become_adapted(model, head):

@@ -247,7 +247,10 @@ def _check_model(model, folder, settings, name, method):
         wrong.append(f"its head is {model.peft.head}, not {settings['head']}")
     elif name in model.peft.adapters:
         adapter = model.peft.adapters[name]
-        if (adapter.method, adapter.paths) != (method, list(settings["layers"])):
+        if (adapter.method, adapter.paths) != (
+            method,
+            list(settings["layers"]),
+        ):
             wrong.append(
                 f"its adapter {name!r} has other settings or layers; "
                 "`keras_peft.remove(model, name)` it, or load under another "

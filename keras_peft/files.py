@@ -19,7 +19,9 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(
-        tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        tempfile.mkdtemp(
+            prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
+        )
     )
     try:
         yield staging

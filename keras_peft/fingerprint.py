@@ -30,7 +30,9 @@ def compare(model: keras.Layer, saved: dict[str, dict], head) -> list[str]:
     """
     current = fingerprint(model, head)
     wrong = [f"its base has no `{key}`" for key in saved if key not in current]
-    wrong += [f"its base has `{key}` too" for key in current if key not in saved]
+    wrong += [
+        f"its base has `{key}` too" for key in current if key not in saved
+    ]
     differ = [
         key
         for key in saved

@@ -31,6 +31,11 @@ class DenseKernel:
         """The kernel as a tensor of shape `(inputs, outputs)`."""
         return ops.reshape(self.variable, (self.inputs, self.outputs))
 
+    def read(self):
+        """The kernel as a float32 NumPy array of that shape."""
+        kernel = ops.cast(self.variable, "float32")
+        return self.to_matrix(ops.convert_to_numpy(kernel))
+
     def to_matrix(self, kernel):
         """The same of a NumPy array in the kernel's own shape."""
         return kernel.reshape(self.inputs, self.outputs)
@@ -193,7 +198,8 @@ class DepthwiseKernel(ConvKernel):
     """
 
     def __init__(self, layer):
-        super().__init__(layer)
+        self.layer = layer
+        self.channels_last = layer.data_format == "channels_last"
         *self.taps, channels, multiplier = layer.kernel.shape
         self.inputs = math.prod(self.taps)
         self.outputs = channels * multiplier

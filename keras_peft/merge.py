@@ -10,7 +10,6 @@ import numpy as np
 from keras_peft import adapted_model
 from keras_peft import layer_tree
 from keras_peft.adapted_model import AdapterState
-from keras_peft.adapted_model import kernel_matrix
 from keras_peft.kernels import kernel_of
 
 
@@ -95,10 +94,10 @@ def merge(model: keras.Model) -> MergeReport:
 
 def _fold(path, layer):
     """Merges one layer; returns what rounding lost of the change."""
-    base = kernel_matrix(layer)
+    view = kernel_of(layer)
+    base = view.read()
     change = sum(a.kernel_delta(base) for a in layer.adapters.values())
     merged = base + change  # float32
-    view = kernel_of(layer)
     if not np.isfinite(merged).all():
         raise ValueError(
             "The merged kernel would not be finite; its adapter or its base "
@@ -106,7 +105,7 @@ def _fold(path, layer):
             f"Received: layer={path!r}"
         )
     view.variable.assign(view.from_matrix(merged))
-    held = kernel_matrix(layer).astype("float64") - base
+    held = view.read().astype("float64") - base
     size = np.linalg.norm(change)
     return float(np.linalg.norm(held - change) / size) if size else 0.0
 

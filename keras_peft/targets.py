@@ -87,8 +87,9 @@ class Candidates:
         matches full fine-tuning
         ([LoRA Without Regret](https://thinkingmachines.ai/blog/lora/)).
         """
-        linear, convolutions = self.group("all-linear"), self.group(
-            "convolutions"
+        linear, convolutions = (
+            self.group("all-linear"),
+            self.group("convolutions"),
         )
         if self._size(convolutions) > self._size(linear):
             return linear + convolutions

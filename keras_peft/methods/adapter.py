@@ -1,8 +1,10 @@
 """What every adapter of a kernel has in common."""
 
 import contextlib
+import random
 
 import keras
+import numpy as np
 
 from keras_peft.kernels import kernel_of
 
@@ -47,7 +49,15 @@ class KernelAdapter(keras.Layer):
         """`{name: variable}` of what an adapter file keeps."""
         return {name: getattr(self, name) for name in self.kept}
 
-    def read_base(self, kernel):
+    def start(self):
+        """Sets the start values, drawn by NumPy: equal on every backend."""
+        # Python's generator is one that `keras.utils.set_random_seed` seeds.
+        seed = random.randint(0, 2**31 - 1)
+        self.read_base()
+        self.initialize(self.kernel.read(), np.random.default_rng(seed))
+        self.strength.assign(1.0)
+
+    def read_base(self):
         """Keeps what the adapter needs to know of the base kernel."""
 
     def build_weights(self, shapes):

@@ -199,14 +199,13 @@ class LoRAAdapter(KernelAdapter):
         if self.residual:
             self.lora_initial_a.assign(a)
             self.lora_initial_b.assign(b)
-        self.read_base(kernel)
         if self.decompose:
             self.lora_magnitude.assign(ops.sqrt(self.square_norm.value))
 
-    def read_base(self, kernel):
-        """Keeps the squared norm of each column of the base kernel."""
+    def read_base(self):
         if self.decompose:
-            self.square_norm.assign(np.square(kernel).sum(axis=0))
+            square_norm = np.square(self.kernel.read()).sum(axis=0)
+            self.square_norm.assign(square_norm)
 
     def call(self, inputs, outputs, reverse=False, training=None):
         if self.dropout is not None:
@@ -237,7 +236,9 @@ class LoRAAdapter(KernelAdapter):
         scale = ops.cast(strength * self.scale, dtype)
 
         def of(a, b):
-            return product(inputs, ops.cast(a, dtype), ops.cast(b, dtype), scale)
+            return product(
+                inputs, ops.cast(a, dtype), ops.cast(b, dtype), scale
+            )
 
         change = of(self.lora_kernel_a, self.lora_kernel_b)
         if self.residual:
@@ -269,7 +270,9 @@ class LoRAAdapter(KernelAdapter):
         convert = ops.convert_to_numpy
         delta = convert(self.lora_kernel_a) @ convert(self.lora_kernel_b)
         if self.residual:
-            initial = convert(self.lora_initial_a) @ convert(self.lora_initial_b)
+            initial = convert(self.lora_initial_a) @ convert(
+                self.lora_initial_b
+            )
             delta = delta - initial
         delta = delta * np.float32(self.scale)
         if self.decompose:
@@ -280,7 +283,7 @@ class LoRAAdapter(KernelAdapter):
 
 
 def _start_values(adapter, kernel, rng):
-    """`(A, B)` as float32 arrays, drawn by NumPy: equal on every backend."""
+    """`(A, B)` as float32 arrays."""
     inputs, outputs = kernel.shape
     rank, init = adapter.rank, adapter.init
     a, b = np.zeros((inputs, rank)), np.zeros((rank, outputs))

@@ -1,0 +1,154 @@
+"""Checkpoints of a few megabytes, and runs that survive a kill."""
+
+import json
+import random
+from pathlib import Path
+
+import keras
+import safetensors.numpy
+
+from keras_peft import adapted_model
+from keras_peft import adapter_io
+from keras_peft.files import existing_folder
+from keras_peft.files import whole_folder
+
+_STATE = "training.safetensors"
+_PROGRESS = "training.json"
+
+
+class AdapterCheckpoint(keras.callbacks.Callback):
+    """Saves the adapter and the optimizer's state, and resumes from them.
+
+    A run that was killed goes on where its last checkpoint was, when the same
+    script is started again: same weights, same optimizer slots, same states of
+    random generators, same order of the data. For the order of the data the
+    callback seeds every epoch by its number; on TensorFlow, which shuffles
+    arrays by the seed at the start of `fit`, call
+    `keras.utils.set_random_seed()` before `fit` too. A data set that shuffles
+    by itself has to do so by the epoch, or not at all.
+
+    The folder is an adapter folder, which `keras_peft.load_adapter` reads,
+    and is replaced as a whole.
+
+    Args:
+        folder: Path of the folder.
+        name: Which of the model's adapters.
+        save_freq: `"epoch"`, or a number of batches. Batches of the epoch that
+            was interrupted are read again up to the checkpoint, but not
+            computed.
+
+    Raises:
+        ValueError: when training starts, if the model has no such adapter, or
+            the folder holds a run with other settings.
+
+    Example:
+
+    >>> checkpoint = keras_peft.AdapterCheckpoint("run/")
+    >>> model.fit(x, y, epochs=10, callbacks=[checkpoint])
+    """
+
+    def __init__(self, folder, name="default", save_freq="epoch"):
+        super().__init__()
+        is_count = isinstance(save_freq, int) and save_freq > 0
+        if save_freq != "epoch" and not is_count:
+            raise ValueError(
+                "`save_freq` must be 'epoch' or a positive number of batches. "
+                f"Received: save_freq={save_freq!r}"
+            )
+        self.folder = Path(folder)
+        self.name = name
+        self.save_freq = save_freq
+        self.seed = random.randint(0, 2**30)
+        self.epoch = 0
+        self.skip = 0
+        self.unsaved = 0
+
+    def on_train_begin(self, logs=None):
+        adapted_model.named(self.model, self.name)
+        folder = existing_folder(self.folder)
+        if (folder / _PROGRESS).is_file():
+            self._resume(folder)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+        keras.utils.set_random_seed(self.seed + epoch)
+        if self.skip:
+            self._skip_batches()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.save_freq == "epoch" or self.skip:
+            return
+        self.unsaved += self.model.steps_per_execution
+        if self.unsaved >= self.save_freq:
+            self._save(self.epoch, batch + 1)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._save(epoch + 1, 0)
+
+    def _save(self, epoch, batch):
+        self.unsaved = 0
+        progress = {"epoch": epoch, "batch": batch, "seed": self.seed}
+        state = {
+            key: keras.ops.convert_to_numpy(variable)
+            for key, variable in self._state().items()
+        }
+        with whole_folder(self.folder) as staging:
+            adapter_io.write_adapter(self.model, staging, self.name)
+            safetensors.numpy.save_file(state, staging / _STATE)
+            (staging / _PROGRESS).write_text(json.dumps(progress))
+
+    def _state(self):
+        """What training changes beside the adapter and its head."""
+        model = self.model
+        generators = [v for v in model.variables if "seed_gen" in v.path]
+        groups = {
+            "optimizer": model.optimizer.variables,
+            "generator": generators,
+            "metric": model.metrics_variables,
+        }
+        return {
+            f"{group}.{index}": variable
+            for group, variables in groups.items()
+            for index, variable in enumerate(variables)
+        }
+
+    def _resume(self, folder):
+        model = self.model
+        trainable = model.peft.adapters[self.name].trainable
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        values = safetensors.numpy.load_file(folder / _STATE)
+        state = self._state()
+        shapes = {key: tuple(v.shape) for key, v in state.items()}
+        # Metrics are created by the first batch: they may be missing yet.
+        saved = {k: v for k, v in values.items() if not k.startswith("metric")}
+        wanted = {k: s for k, s in shapes.items() if not k.startswith("metric")}
+        if wanted != {key: value.shape for key, value in saved.items()}:
+            raise ValueError(
+                "The checkpoint is of a run with another optimizer or model. "
+                "Use another folder, or delete it. "
+                f"Received: {str(folder)!r}"
+            )
+        adapter_io.load_adapter(model, folder, self.name, trainable)
+        for key in state.keys() & values.keys():
+            state[key].assign(values[key])
+        self.metrics = [v for k, v in values.items() if k not in wanted]
+        progress = json.loads((folder / _PROGRESS).read_text())
+        self.seed, self.skip = progress["seed"], progress["batch"]
+        model._initial_epoch = progress["epoch"]
+
+    def _skip_batches(self):
+        """Lets the next batches be read, but not computed."""
+        model = self.model
+        compute = model.train_function
+
+        def read(*arguments):  # (iterator,), or (state, iterator) on JAX
+            for _ in range(model.steps_per_execution):
+                next(arguments[-1])
+            self.skip -= model.steps_per_execution
+            if self.skip <= 0:
+                self.skip = 0
+                model.train_function = compute
+            return {} if len(arguments) == 1 else ({}, arguments[0])
+
+        model.train_function = read

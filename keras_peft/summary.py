@@ -1,0 +1,78 @@
+"""A table of what is adapted."""
+
+import math
+import shutil
+from collections.abc import Callable
+
+import keras
+
+from keras_peft import adapted_model
+
+
+def summary(
+    model: keras.Model, print_fn: Callable[[str], object] = print
+) -> None:
+    """Prints a table of the adapters of `model`, layer by layer.
+
+    Columns: the layer's path, the adapter's name (`*` while it is active) and
+    method, its rank, its parameters, how many of them train, and its bytes.
+
+    Args:
+        model: An adapted model.
+        print_fn: Takes the table as one string. Defaults to `print`.
+
+    Raises:
+        ValueError: if the model has no adapters.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    state = adapted_model.state_of(model)
+    table = Table(title=f"Adapters of {model.name!r}")
+    table.add_column("Layer", overflow="fold")
+    table.add_column("Adapter")
+    for column in ("Rank", "Parameters", "Trainable", "Bytes"):
+        table.add_column(column, justify="right")
+    for name, adapter in state.adapters.items():
+        mark = "*" if name in state.active else ""
+        label = f"{name}{mark} {type(adapter.method).__name__}"
+        for path, leaf in adapted_model.leaves(model, name).items():
+            rank = str(getattr(leaf, "rank", "-"))
+            table.add_row(path, label, rank, *_sizes(leaf.parameters.values()))
+    head = list(adapted_model.head_variables(model).values())
+    if head:
+        table.add_row(", ".join(state.head), "head", "-", *_sizes(head))
+    width = max(100, shutil.get_terminal_size().columns)
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(table)
+        console.print(_totals(model))
+    print_fn(capture.get())
+
+
+def _sizes(variables):
+    variables = list(variables)
+    trained = [v for v in variables if v.trainable]
+    return (
+        f"{_count(variables):,}",
+        f"{_count(trained):,}",
+        f"{_bytes(variables):,}",
+    )
+
+
+def _totals(model):
+    trainable, total = (
+        _count(model.trainable_variables),
+        _count(model.variables),
+    )
+    return f"Trainable: {trainable:,} of {total:,} ({trainable / total:.2%})"
+
+
+def _count(variables):
+    return sum(math.prod(variable.shape) for variable in variables)
+
+
+def _bytes(variables):
+    return sum(
+        keras.ops.convert_to_numpy(variable).nbytes for variable in variables
+    )
