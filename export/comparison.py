@@ -100,7 +100,9 @@ def rounding_bound(graph: "onnx.ModelProto") -> float:
     for node in graph.graph.node:
         if node.op_type in ("MatMul", "Gemm", "Einsum", "Conv", "LSTM", "Loop"):
             shapes = [sizes[name] for name in node.input if name in sizes]
-            terms = max((math.prod(s) // max(s) for s in shapes if s), default=64)
+            terms = max(
+                (math.prod(s) // max(s) for s in shapes if s), default=64
+            )
             steps += math.sqrt(max(terms, 64))
     return _ROUNDING * steps
 

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from typing import Any
 
 import keras
 import numpy as np
@@ -132,7 +133,8 @@ def _write_request(
     folder: Path,
 ) -> None:
     model.save(folder / "model.keras")
-    np.savez(folder / "sample.npz", **sample)
+    arrays: dict[str, Any] = dict(sample)
+    np.savez(folder / "sample.npz", **arrays)
     request = dataclasses.asdict(signature)
     request["modules"] = _modules(model, folder / "model.keras")
     (folder / "request.json").write_text(json.dumps(request))

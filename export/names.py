@@ -20,11 +20,22 @@ def output_names(model: keras.Model, outputs: Any) -> list[str]:
         names = [_path_name(path) for path, _ in _flat_with_path(outputs)]
     else:
         count = len(keras.tree.flatten(outputs))
-        names = list(getattr(model, "output_names", None) or [])
+        names = _layer_names(model)
         if len(names) != count or any(map(_is_automatic, names)):
             names = ["output"] if count == 1 else []
             names = names or [f"output_{n}" for n in range(count)]
     return _unique(names)
+
+
+def _layer_names(model: keras.Model) -> list[str]:
+    """Names of a functional model's output layers.
+
+    A language model's last layer is its embedding, used backwards.
+    """
+    return [
+        "logits" if hasattr(model.get_layer(name), "input_dim") else name
+        for name in getattr(model, "output_names", None) or []
+    ]
 
 
 def _flat_with_path(nest: Any) -> list[tuple[tuple[Any, ...], Any]]:

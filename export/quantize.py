@@ -31,6 +31,7 @@ def quantize_int8(model: ir.Model) -> tuple[FloatWeight, ...]:
         node.inputs[0]
         for node in rewriting.nodes(model, "Gather")
         if rewriting.integer(node, "axis", 0) == 0
+        and rewriting.array(node.inputs[0]) is not None
     }
     kept = {
         value: reason
@@ -106,7 +107,7 @@ def _scales(model: ir.Model, name: str, scale: np.ndarray) -> ir.Value:
 
 def _quantize_tables(model: ir.Model, tables: set[ir.Value]) -> None:
     for table in tables:
-        content = rewriting.array(table)
+        content = rewriting.content(table)
         rows, scale = _integers(content, tuple(range(1, content.ndim)))
         stored = rewriting.constant(model, f"{table.name}/int8", rows)
         scales = _scales(model, table.name, scale)
@@ -176,7 +177,7 @@ def _multiply(
 
 
 def _store_only(model: ir.Model, value: ir.Value) -> None:
-    content = rewriting.array(value)
+    content = rewriting.content(value)
     axes = tuple(range(1, content.ndim))
     if any(n.op_type == "ConvTranspose" for n in value.consumers()):
         axes = (0, *range(2, content.ndim))

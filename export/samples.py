@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_peft.export.signature import ModelInput
 from keras_peft.export.signature import Signature
+from keras_peft.export.signature import tensor_names
 
 Batch = dict[str, np.ndarray]
 
@@ -49,7 +50,7 @@ def _sizes(
             sizes[axis] = image + 32 * images
             images += 1
         else:
-            sizes[axis] = min(length + 2 * lengths, longest - lengths % longest)
+            sizes[axis] = min(length + 2 * lengths, longest)
             lengths += 1
     return sizes
 
@@ -65,7 +66,10 @@ def _longest(model: keras.Model) -> int:
 
 
 def make_batch(
-    model: keras.Model, signature: Signature, sizes: Mapping[str, int], seed: int
+    model: keras.Model,
+    signature: Signature,
+    sizes: Mapping[str, int],
+    seed: int,
 ) -> Batch:
     """Random inputs that the model accepts.
 
@@ -85,7 +89,7 @@ def _make(
     sizes: Mapping[str, int],
     rng: np.random.Generator,
 ) -> np.ndarray:
-    shape = tuple(sizes.get(s, s) for s in spec.shape)
+    shape = spec.sized(sizes)
     if spec.dtype.startswith(("float", "bfloat")):
         return rng.normal(size=shape)
     if "mask" in spec.name and "position" not in spec.name:
@@ -126,11 +130,15 @@ def _vocabulary(model: keras.Model, name: str) -> int:
 
 def _consumers(model: keras.Model, name: str) -> list[Any]:
     """Operations of a functional model that read the input directly."""
+    tensors = keras.tree.flatten(getattr(model, "_inputs_struct", None) or [])
+    named = dict(zip(tensor_names(tensors), tensors, strict=True))
+    if name not in named:
+        return []
     return [
         operation
-        for operation in getattr(model, "operations", [])
+        for operation in model.operations
         for node in operation._inbound_nodes
-        if any(tensor.name == name for tensor in node.input_tensors)
+        if any(tensor is named[name] for tensor in node.input_tensors)
     ]
 
 

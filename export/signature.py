@@ -3,10 +3,11 @@
 import dataclasses
 import inspect
 from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 # Text inputs of one call share their length, so their graphs share its name.
 _TEXT_INPUTS = ("token_ids", "segment_ids", "padding_mask")
@@ -25,6 +26,10 @@ class ModelInput:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with numbers for the free axes."""
+        return tuple(sizes[s] if isinstance(s, str) else s for s in self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +72,64 @@ def read_signature(model: keras.Model) -> Signature:
     struct = getattr(model, "_inputs_struct", None)
     if struct is None and isinstance(model, keras.Sequential) and model.built:
         struct = model.inputs[0]
-    if struct is not None:
-        return _from_keras_tensors(struct)
-    return _from_build_shapes(model)
+    if struct is None:
+        signature = _from_build_shapes(model)
+    else:
+        signature = _from_keras_tensors(struct)
+    return signature if _takes(model, signature) else _shared(signature)
+
+
+def _takes(model: keras.Model, signature: Signature) -> bool:
+    """Whether the free axes can really have different sizes."""
+    lengths = [a for a in signature.axes if a.endswith("sequence")]
+    if len(lengths) < 2:
+        return True
+    sizes = dict.fromkeys(signature.axes, 64)
+    sizes |= {axis: 5 + number for number, axis in enumerate(lengths)}
+    tensors = {
+        i.name: keras.KerasTensor(i.sized(sizes), i.dtype)
+        for i in signature.inputs
+    }
+    try:
+        signature.call(model, tensors)
+    except Exception:  # Whatever a backend raises for shapes that clash.
+        return False
+    return True
+
+
+def _shared(signature: Signature) -> Signature:
+    """One name, so one size, for the sequence axes of all inputs."""
+    inputs = tuple(
+        dataclasses.replace(
+            i,
+            shape=tuple(
+                "sequence" if str(size).endswith("sequence") else size
+                for size in i.shape
+            ),
+        )
+        for i in signature.inputs
+    )
+    return dataclasses.replace(signature, inputs=inputs)
 
 
 def _from_keras_tensors(struct: Any) -> Signature:
     tensors = keras.tree.flatten(struct)
-    several = len(tensors) > 1
+    names = tensor_names(tensors)
     inputs = tuple(
-        ModelInput(t.name, str(t.dtype), name_axes(t.name, t.shape, several))
-        for t in tensors
+        ModelInput(name, str(t.dtype), name_axes(name, t.shape, len(names) > 1))
+        for name, t in zip(names, tensors, strict=True)
     )
-    return Signature(inputs, keras.tree.map_structure(lambda t: t.name, struct))
+    return Signature(inputs, keras.tree.pack_sequence_as(struct, names))
+
+
+def tensor_names(tensors: Sequence[keras.KerasTensor]) -> list[str]:
+    """Names a user gave, and `input` where Keras counted a tensor."""
+    if len(tensors) == 1 and tensors[0].name.startswith("keras_tensor"):
+        return ["input"]
+    return [
+        f"input_{n}" if t.name.startswith("keras_tensor") else t.name
+        for n, t in enumerate(tensors)
+    ]
 
 
 def _from_build_shapes(model: keras.Model) -> Signature:
@@ -179,16 +229,5 @@ def name_axes(
         else "batch"
         if axis == 0
         else prefix + free[axis - 1]
-        for axis, size in enumerate((shape[:1] and (None,)) + tuple(shape[1:]))
+        for axis, size in enumerate((None, *shape[1:]))
     )
-
-
-def with_sample_dtypes(
-    signature: Signature, batch: dict[str, np.ndarray]
-) -> Signature:
-    """Takes element types from real data where a model recorded none."""
-    inputs = tuple(
-        dataclasses.replace(i, dtype=str(batch[i.name].dtype))
-        for i in signature.inputs
-    )
-    return dataclasses.replace(signature, inputs=inputs)

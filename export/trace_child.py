@@ -8,11 +8,18 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import keras
+
+    from keras_peft.export.signature import Signature
+
 
 def main(folder: Path) -> None:
+    """Traces the model in `folder` as its request says."""
     request = json.loads((folder / "request.json").read_text())
     for module in request["modules"]:
         importlib.import_module(module)
@@ -37,7 +44,12 @@ def main(folder: Path) -> None:
         trace_here(model, signature, dict(sample), folder / "graph.onnx")
 
 
-def trace_here(model, signature, sample, path: Path) -> None:
+def trace_here(
+    model: "keras.Model",
+    signature: "Signature",
+    sample: dict[str, np.ndarray],
+    path: Path,
+) -> None:
     """Traces with whatever backend this process has."""
     import keras
 

@@ -50,7 +50,7 @@ def _with_kernel(
     if list(left) != kept + sorted(contracted, key=left.index):
         return False
     contracted.sort(key=left.index)
-    weights = rewriting.array(kernel)
+    weights = rewriting.content(kernel)
     sizes = dict(zip(right, weights.shape, strict=True))
     order = [right.index(axis) for axis in contracted + free]
     rows = math.prod(sizes[axis] for axis in contracted)
@@ -108,9 +108,9 @@ def _batched(node: ir.Node, left: str, right: str, out: str) -> bool:
     a = _transposed(node, first, left, batch + rows + contracted)
     # Two transpositions: the runtime fuses one of the last two axes into
     # the product, and copies whole rows for the other.
-    b = _transposed(node, second, right, batch + _as_stored(
-        right, contracted, columns
-    ))
+    b = _transposed(
+        node, second, right, batch + _as_stored(right, contracted, columns)
+    )
     stored = batch + _as_stored(right, contracted, columns)
     b = _transposed(node, b, "".join(stored), batch + contracted + columns)
     result = rewriting.before(node, "MatMul", [a, b])

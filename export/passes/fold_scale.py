@@ -19,14 +19,14 @@ def apply(model: ir.Model) -> int:
 def _fold(model: ir.Model, node: ir.Node) -> bool:
     for value, other in (node.inputs, node.inputs[::-1]):
         factor = rewriting.scalar(other)
-        if factor is None or rewriting.array(other).ndim > 1:
+        if factor is None or rewriting.content(other).ndim > 1:
             continue
         weights = _weights_behind(value)
         if not weights:
             continue
         for owner, position in weights:
             weight = owner.inputs[position]
-            scaled = rewriting.array(weight) * np.float32(factor)
+            scaled = rewriting.content(weight) * np.float32(factor)
             owner.replace_input_with(
                 position, rewriting.constant(model, weight.name, scaled)
             )

@@ -34,7 +34,7 @@ def _rewrite(model: ir.Model, node: ir.Node) -> bool:
     result = rewriting.before(node, "MatMul", [inputs, matrix])
     if bias is not None:
         if beta != 1:
-            scaled = rewriting.array(bias) * np.float32(beta)
+            scaled = rewriting.content(bias) * np.float32(beta)
             bias = rewriting.constant(model, bias.name, scaled)
         result = rewriting.before(node, "Add", [result, bias])
     rewriting.replace(node.outputs[0], result)

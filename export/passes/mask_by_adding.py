@@ -79,8 +79,10 @@ def _prepare(
     model: ir.Model, node: ir.Node, mask: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
     """The bias of masked keys, and whether an example has a key at all."""
-    zero = rewriting.constant(model, "mask/kept", np.float32(0))
-    low = rewriting.constant(model, "mask/masked", np.float32(_FAR_BELOW))
+    zero = rewriting.constant(model, "mask/kept", np.array(0, "float32"))
+    low = rewriting.constant(
+        model, "mask/masked", np.array(_FAR_BELOW, "float32")
+    )
     bias = rewriting.before(node, "Where", [mask, zero, low])
     last = rewriting.constant(model, "mask/axis", np.array([-1], "int64"))
     as_float = rewriting.before(node, "Cast", [mask], to=ir.DataType.FLOAT)

@@ -30,9 +30,9 @@ def apply(model: ir.Model, variables: Mapping[str, np.ndarray]) -> int:
         content = rewriting.array(initializer)
         if content is None or content.size < 2 or content.dtype.kind != "f":
             continue
-        path = paths.get(_digest(content))
-        if path is not None:
-            _rename(initializer, path, taken)
+        digest = _digest(content)
+        if digest in paths:
+            _rename(initializer, paths[digest], taken)
             count += 1
     return count
 

@@ -33,7 +33,7 @@ def apply(model: ir.Model) -> int:
 def _hide(model: ir.Model, add: ir.Node, width: int) -> None:
     reshape = _reshape_behind(add.inputs[0])
     if reshape is not None:
-        heads = rewriting.array(reshape.inputs[1])
+        heads = rewriting.content(reshape.inputs[1])
         shape = rewriting.constant(
             model, "open_shape", np.array([0, -1, heads[-1]], "int64")
         )

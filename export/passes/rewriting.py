@@ -27,13 +27,21 @@ def array(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def content(value: ir.Value | None) -> np.ndarray:
+    """The content of a value that is known to be constant."""
+    found = array(value)
+    if found is None:
+        raise TypeError(f"A constant was expected. Received: {value}")
+    return found
+
+
 def scalar(value: ir.Value | None) -> float | None:
     """The content of a constant with one element."""
-    content = array(value)
-    return None if content is None or content.size != 1 else content.item()
+    found = array(value)
+    return None if found is None or found.size != 1 else found.item()
 
 
-def constant(model: ir.Model, name: str, content: np.ndarray) -> ir.Value:
+def constant(model: ir.Model, name: str, data: np.ndarray) -> ir.Value:
     """A new initializer, with a number behind its name if it is taken."""
     graph = model.graph
     taken = graph.initializers
@@ -41,7 +49,7 @@ def constant(model: ir.Model, name: str, content: np.ndarray) -> ir.Value:
     while unique in taken:
         number += 1
         unique = f"{name}_{number}"
-    tensor = ir.tensor(np.ascontiguousarray(content), name=unique)
+    tensor = ir.tensor(np.ascontiguousarray(data), name=unique)
     value = ir.val(
         unique, dtype=tensor.dtype, shape=tensor.shape, const_value=tensor
     )
