@@ -49,7 +49,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"keras_peft needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@echo "Creating $(VENV)."
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(DEV): pyproject.toml | $(VENV)/bin/python
 	@echo "Installing keras_peft for development: minutes the first time."
