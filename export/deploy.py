@@ -29,6 +29,7 @@ from keras_peft.export.folder import write_folder
 from keras_peft.export.preprocessor import describe_preprocessor
 from keras_peft.export.report import ExportReport
 from keras_peft.export.result import TensorSpec
+from keras_peft.export.result import Verification
 from keras_peft.export.signature import Signature
 from keras_peft.export.signature import read_signature
 
@@ -106,16 +107,25 @@ def verify(
     step = manifest["quantization"] or "float32"
     check = compare(graph, batches, references, step)
     recorded = json.loads((folder / "report.json").read_text("utf-8"))
-    limit = SPREAD * recorded["steps"][-1]["relative"]
-    limit = max(limit, rounding_bound(graph))
-    if not check.relative <= limit:
-        raise ValueError(
-            "The model in the folder does not compute what this Keras model "
-            "computes. Was it exported from these weights? Received: relative "
-            f"difference {check.relative:.2g}, cosine {check.cosine:.4f}, "
-            f"where the export measured a difference up to {limit:.2g}"
-        )
+    _compare_with_export(check, recorded["steps"][-1], rounding_bound(graph))
     return assess(model, {step: graph}, [check])
+
+
+def _compare_with_export(
+    check: Verification, recorded: Mapping[str, Any], rounding: float
+) -> None:
+    """Raises if the graph is further from Keras than when it was exported."""
+    relative = max(SPREAD * recorded["relative"], rounding)
+    cosine = 1 - max(SPREAD * (1 - recorded["cosine"]), rounding)
+    if check.relative <= relative and check.cosine >= cosine:
+        return
+    raise ValueError(
+        "The model in the folder does not compute what this Keras model "
+        "computes. Was it exported from these weights? Received: relative "
+        f"difference {check.relative:.2g} and cosine {check.cosine:.5f}, where "
+        f"the export measured {recorded['relative']:.2g} and "
+        f"{recorded['cosine']:.5f}"
+    )
 
 
 def _check(

@@ -118,9 +118,10 @@ def worst_samples(
     )
 
 
-def _name(number: np.integer, names: Sequence[str] | None) -> str:
-    known = names is not None and 0 <= number < len(names)
-    return str(names[number] if names is not None and known else number)
+def _name(number: int, names: Sequence[str] | None) -> str:
+    if names is None or not 0 <= number < len(names):
+        return str(number)
+    return names[int(number)]
 
 
 def weight_errors(

@@ -139,9 +139,8 @@ def _with_sentence_piece(settings: Mapping[str, Any]) -> list[str]:
     if length:
         lines.append(f"pieces = pieces[: {length - len(start) - len(end)}]")
     lines.append(f"pieces = {start} + pieces + {end}")
-    lines.append("count = len(pieces)")
     if settings["padding"]["to"] == "max_length":
-        padding = f"[{settings['padding']['id']}] * ({length} - count)"
+        padding = f"[{settings['padding']['id']}] * ({length} - len(pieces))"
         left = settings["padding"]["side"] == "left"
         both = f"{padding} + pieces" if left else f"pieces + {padding}"
         lines.append(f"pieces = {both}")
