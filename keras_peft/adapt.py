@@ -42,9 +42,10 @@ def adapt(
         targets: What to adapt: layer names (`"query"`), regular expressions
             over the end of a layer's path (`r"transformer_layers\\.[01]\\..*"`),
             or groups: `"attention"`, `"mlp"`, `"all-linear"`, `"embeddings"`,
-            `"convolutions"`. Groups leave the head out. `None` is the method's
-            default; for LoRA every linear layer, and in a convolutional
-            network the convolutions too.
+            `"convolutions"`. Groups leave the head out. `None` takes the
+            linear layers of transformer blocks, attention and feed-forward;
+            without blocks, all linear layers; and the convolutions too where
+            they hold more weights.
         name: Name of the adapter, for a model that carries several.
         head: Layers that train in full and are saved with the adapter, named
             as in `targets`. `None` finds them: whatever stands outside

@@ -21,7 +21,15 @@ from keras.src.utils.naming import to_snake_case
 
 # Tracked by Keras beside the layers that a user sees.
 _NOT_CHILDREN = (keras.Loss, keras.Metric)
-_BOOKKEEPING = ("_layers", "_operations", "_modules", "_functional", "_nodes")
+# Attributes in which Keras, TensorFlow and torch keep lists of their own.
+_BOOKKEEPING = (
+    "_layers",
+    "_operations",
+    "_functional",
+    "_nodes",
+    "_modules",
+    "_self_",
+)
 
 
 def walk(model: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
@@ -80,8 +88,7 @@ def _attribute_names(parent, wanted):
     attributes = dict(vars(parent))
     attributes.update(attributes.get("_modules") or {})
     for name, value in attributes.items():
-        # Lists that Keras and TensorFlow keep for themselves.
-        if name not in _BOOKKEEPING and not name.startswith("_self_"):
+        if not name.startswith(_BOOKKEEPING):
             note(value, _public_name(parent, name, value))
     return names
 

@@ -81,19 +81,20 @@ class Candidates:
         ]
 
     def default(self) -> list[str]:
-        """All linear layers; where convolutions hold most weights, those too.
+        """The linear layers of transformer blocks, feed-forward ones too.
 
-        Fine-tuning every linear layer, feed-forward ones included, is what
-        matches full fine-tuning
-        ([LoRA Without Regret](https://thinkingmachines.ai/blog/lora/)).
+        That is what matches full fine-tuning
+        ([LoRA Without Regret](https://thinkingmachines.ai/blog/lora/)). A
+        model without blocks gives all its linear layers, and one whose
+        convolutions hold more weights than those gives its convolutions too.
         """
-        linear, convolutions = (
-            self.group("all-linear"),
-            self.group("convolutions"),
-        )
-        if self._size(convolutions) > self._size(linear):
-            return linear + convolutions
-        return linear
+        linear = self.group("attention") + self.group("mlp")
+        linear = linear or self.group("all-linear")
+        convolutions = self.group("convolutions")
+        if self._size(convolutions) <= self._size(linear):
+            convolutions = []
+        chosen = {*linear, *convolutions}
+        return [path for path in self.with_kernel if path in chosen]
 
     def _size(self, paths):
         shapes = [kernel_of(self.layers[path]).variable.shape for path in paths]
@@ -123,6 +124,7 @@ def select(candidates: Candidates, targets: str | Sequence[str]) -> list[str]:
 
 
 def no_match(candidates, unmatched, targets, argument="targets"):
+    """The message for targets that match nothing: what exists, what is near."""
     names = candidates.names()
     listed = ", ".join(
         f"{name!r} (x{count})" if count > 1 else repr(name)

@@ -7,12 +7,10 @@ class Method:
     """Settings of an adaptation method.
 
     A subclass is a plain object: its constructor's keyword arguments are its
-    attributes and its config. It names the layers that it fits by default
-    (`default_targets`), reports what speaks against a layer (`objection`) and
-    creates the adapter for one (`create`).
+    attributes and its config. It reports what speaks against a layer
+    (`objection`), names the weights that it adds to one (`shapes`) and creates
+    the adapter for it (`create`).
     """
-
-    default_targets = "all-linear"
 
     def objection(self, path, kernel):
         """Why the layer at `path` cannot take this method, or `None`."""
