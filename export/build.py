@@ -1,21 +1,18 @@
 """From a merged Keras model to a checked ONNX graph in memory."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_peft.export import comparison
 from keras_peft.export import graph as tracing
-from keras_peft.export import samples
+from keras_peft.export.checks import Checks
+from keras_peft.export.checks import prepare_checks
 from keras_peft.export.result import FloatWeight
 from keras_peft.export.result import OnnxResult
 from keras_peft.export.result import Verification
-from keras_peft.export.signature import Signature
-from keras_peft.export.signature import read_signature
 
 if TYPE_CHECKING:
     import onnx
@@ -52,14 +49,14 @@ def build_onnx(
         TracingError: If no tracer gives a graph that equals the model.
     """
     _check(model, quantize)
-    checked = _Checked.of(model, calibration)
+    checks = prepare_checks(model, calibration)
     float_model, tracer, notes, float_check = _float_graph(
-        checked, tolerance if quantize is None else None
+        checks, tolerance if quantize is None else None
     )
     final, left_float = _quantized(float_model, quantize)
     steps = [float_check]
     if quantize is not None:
-        steps.append(checked.compare(final, quantize, tolerance))
+        steps.append(checks.compare(final, quantize, tolerance))
         _enforce(steps[-1])
     inputs, outputs = _interface(float_model)
     return OnnxResult(
@@ -75,38 +72,6 @@ def build_onnx(
         sizes={"float32": float_model.ByteSize()}
         | ({quantize: final.ByteSize()} if quantize else {}),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Checked:
-    """A model with the inputs it is checked on and what it gives for them."""
-
-    model: keras.Model
-    signature: Signature
-    batches: list[samples.Batch]
-    references: list[list[np.ndarray]]
-
-    @classmethod
-    def of(cls, model: keras.Model, calibration: Any) -> "_Checked":
-        signature = read_signature(model)
-        batches = [
-            samples.make_batch(model, signature, sizes, seed)
-            for seed, sizes in enumerate(samples.check_sizes(model, signature))
-        ]
-        if calibration is not None:
-            batches += samples.read_batches(signature, calibration)
-        references = [
-            comparison.reference_outputs(model, signature, batch)
-            for batch in batches
-        ]
-        return cls(model, signature, batches, references)
-
-    def compare(
-        self, graph: "onnx.ModelProto", step: str, tolerance: float | None
-    ) -> Verification:
-        return comparison.compare(
-            graph, self.batches, self.references, step, tolerance
-        )
 
 
 def _check(model: keras.Model, quantize: str | None) -> None:
@@ -138,10 +103,10 @@ def _check(model: keras.Model, quantize: str | None) -> None:
 
 
 def _float_graph(
-    checked: _Checked, tolerance: float | None
+    checks: Checks, tolerance: float | None
 ) -> tuple["onnx.ModelProto", str, list[str], Verification]:
     """The graph of the first tracer whose result equals the model."""
-    tracers = tracing.tracers_for(checked.model)
+    tracers = tracing.tracers_for(checks.model)
     if not tracers:
         raise ImportError(
             "A graph is traced by torch or by TensorFlow, and neither is "
@@ -152,9 +117,9 @@ def _float_graph(
     notes: list[str] = []
     for tracer in tracers:
         try:
-            graph = _traced(checked, tracer)
+            graph = _traced(checks, tracer)
             bound = tolerance or comparison.rounding_bound(graph)
-            check = checked.compare(graph, "float32", bound)
+            check = checks.compare(graph, "float32", bound)
             _enforce(check)
         except Exception as error:
             notes.append(f"The {tracer} tracer failed: {error}")
@@ -167,19 +132,17 @@ def _float_graph(
     )
 
 
-def _traced(checked: _Checked, tracer: str) -> "onnx.ModelProto":
+def _traced(checks: Checks, tracer: str) -> "onnx.ModelProto":
     import onnx_ir as ir
 
     from keras_peft.export import names
     from keras_peft.export.optimize import optimize
 
-    model, signature = checked.model, checked.signature
-    sizes = samples.trace_sizes(model, signature)
-    sample = samples.make_batch(model, signature, sizes, seed=2)
-    proto = tracing.trace(model, signature, sample, tracer)
+    model, signature = checks.model, checks.signature
+    proto = tracing.trace(model, signature, checks.sample, tracer)
     graph = ir.from_proto(proto)
     outputs = names.output_names(
-        model, signature.call(model, checked.batches[0])
+        model, signature.call(model, checks.batches[0])
     )
     names.name_interface(graph, signature, outputs)
     variables = {

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ _TRACER_PACKAGES = {
     "torch": ("torch", "onnxscript"),
     "tensorflow": ("tensorflow", "tf2onnx"),
 }
+
+_LONGEST_MESSAGE = 800
 
 
 class TracingError(RuntimeError):
@@ -174,10 +177,15 @@ def _run_child(folder: Path, tracer: str) -> None:
 
 
 def _essence(stderr: str, returncode: int) -> str:
-    """The last exception of a traceback, its frames left out."""
-    lines = [line for line in stderr.splitlines() if line.strip()]
+    """The last exception of a traceback, its frames and colors left out."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", stderr)
+    # torch's exporter puts its advice first and the cause in a summary.
+    summary = re.search(r"## Exception summary\s+(.*?)(\n\n|$)", text, re.S)
+    if summary:
+        return summary[1].strip()[:_LONGEST_MESSAGE]
+    lines = [line for line in text.splitlines() if line.strip()]
     frames = [n for n, line in enumerate(lines) if line.startswith("  File ")]
     start = frames[-1] + 1 if frames else max(len(lines) - 10, 0)
     tail = [line for line in lines[start:] if not line.startswith("    ")]
-    message = "\n".join(tail[:12]).strip()
+    message = "\n".join(tail).strip()[:_LONGEST_MESSAGE]
     return message or f"the process ended with exit code {returncode}"

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_peft.export.signature import ModelInput
 from keras_peft.export.signature import Signature
+from keras_peft.export.signature import longest_sequence
 from keras_peft.export.signature import tensor_names
 
 Batch = dict[str, np.ndarray]
@@ -39,7 +40,7 @@ def _sizes(
     length: int,
     image: int,
 ) -> dict[str, int]:
-    longest = _longest(model)
+    longest = longest_sequence(model)
     lengths, images = 0, 0
     sizes = {}
     for axis in signature.axes:
@@ -53,16 +54,6 @@ def _sizes(
             sizes[axis] = min(length + 2 * lengths, longest)
             lengths += 1
     return sizes
-
-
-def _longest(model: keras.Model) -> int:
-    """The longest sequence every position table of the model can take."""
-    lengths = [
-        layer.sequence_length
-        for layer in model._flatten_layers()
-        if isinstance(getattr(layer, "sequence_length", None), int)
-    ]
-    return min(lengths, default=512)
 
 
 def make_batch(

@@ -1,13 +1,14 @@
 """What goes into a model: names, types, shapes, and which axes are free."""
 
 import dataclasses
-import inspect
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
+
+from keras_peft.export import subclassed
 
 # Text inputs of one call share their length, so their graphs share its name.
 _TEXT_INPUTS = ("token_ids", "segment_ids", "padding_mask")
@@ -73,18 +74,31 @@ def read_signature(model: keras.Model) -> Signature:
     if struct is None and isinstance(model, keras.Sequential) and model.built:
         struct = model.inputs[0]
     if struct is None:
-        signature = _from_build_shapes(model)
+        signature = _from_first_call(model)
     else:
         signature = _from_keras_tensors(struct)
-    return signature if _takes(model, signature) else _shared(signature)
+    shared = _rename_sequences(signature, "sequence")
+    fixed = _rename_sequences(signature, longest_sequence(model))
+    for candidate in (signature, shared, fixed):
+        if _takes(model, candidate):
+            return candidate
+    return signature
+
+
+def longest_sequence(model: keras.Model) -> int:
+    """The longest sequence every position table of the model can take."""
+    lengths = [
+        layer.sequence_length
+        for layer in model._flatten_layers()
+        if isinstance(getattr(layer, "sequence_length", None), int)
+    ]
+    return min(lengths, default=512)
 
 
 def _takes(model: keras.Model, signature: Signature) -> bool:
     """Whether the free axes can really have different sizes."""
-    lengths = [a for a in signature.axes if a.endswith("sequence")]
-    if len(lengths) < 2:
-        return True
     sizes = dict.fromkeys(signature.axes, 64)
+    lengths = [axis for axis in sizes if axis.endswith("sequence")]
     sizes |= {axis: 5 + number for number, axis in enumerate(lengths)}
     tensors = {
         i.name: keras.KerasTensor(i.sized(sizes), i.dtype)
@@ -97,18 +111,36 @@ def _takes(model: keras.Model, signature: Signature) -> bool:
     return True
 
 
-def _shared(signature: Signature) -> Signature:
+def _rename_sequences(signature: Signature, size: int | str) -> Signature:
     """One name, so one size, for the sequence axes of all inputs."""
     inputs = tuple(
         dataclasses.replace(
             i,
             shape=tuple(
-                "sequence" if str(size).endswith("sequence") else size
-                for size in i.shape
+                size if str(old).endswith("sequence") else old
+                for old in i.shape
             ),
         )
         for i in signature.inputs
     )
+    return dataclasses.replace(signature, inputs=inputs)
+
+
+def fix_constant_axes(
+    signature: Signature, batches: Sequence[Mapping[str, np.ndarray]]
+) -> Signature:
+    """Frees only the axes, besides the batch, that differ between batches."""
+
+    def fixed(spec: ModelInput) -> ModelInput:
+        shapes = [batch[spec.name].shape for batch in batches]
+        sizes = zip(spec.shape, *shapes, strict=True)
+        shape = tuple(
+            name if name == "batch" or len(set(seen)) > 1 else seen[0]
+            for name, *seen in sizes
+        )
+        return dataclasses.replace(spec, shape=shape)
+
+    inputs = tuple(map(fixed, signature.inputs))
     return dataclasses.replace(signature, inputs=inputs)
 
 
@@ -132,78 +164,17 @@ def tensor_names(tensors: Sequence[keras.KerasTensor]) -> list[str]:
     ]
 
 
-def _from_build_shapes(model: keras.Model) -> Signature:
-    """Reads a subclassed model's inputs from its first call.
-
-    Its own record holds shapes only, so token inputs are told by the layer
-    that looks them up: integers where the name says ids or mask.
-    """
-    recorded = getattr(model, "_build_shapes_dict", None)
-    if not recorded:
-        raise ValueError(
-            "The inputs of a model are known after its first call only. Call "
-            "it on a batch of data, or build it with "
-            "`model.build(input_shape)`, then export. "
-            f"Received: model={model.name!r}, which was never built"
-        )
-    by_keyword = len(recorded) > 1
-    nest = {key.removesuffix("_shape"): s for key, s in recorded.items()}
-    if not by_keyword:
-        first = next(iter(inspect.signature(model.call).parameters))
-        nest = {first: next(iter(recorded.values()))}
-    named = list(_name_shapes(nest, ""))
+def _from_first_call(model: keras.Model) -> Signature:
+    named, structure, by_keyword = subclassed.recorded_inputs(model)
     inputs = tuple(
         ModelInput(
             name,
-            _guess_dtype(name, model),
-            name_axes(name, (None, *shape[1:]), len(named) > 1),
+            subclassed.guess_dtype(name, model),
+            name_axes(name, shape, len(named) > 1),
         )
         for name, shape in named
     )
-    structure = _names_in_place(nest, "")
-    if not by_keyword:
-        structure = next(iter(structure.values()))
     return Signature(inputs, structure, by_keyword)
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(
-        d is None or isinstance(d, int) for d in value
-    )
-
-
-def _name_shapes(nest: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if _is_shape(nest):
-        yield name, tuple(nest)
-        return
-    for key, value in _items(nest):
-        yield from _name_shapes(value, _child_name(nest, name, key))
-
-
-def _names_in_place(nest: Any, name: str) -> Any:
-    if _is_shape(nest):
-        return name
-    named = {
-        key: _names_in_place(value, _child_name(nest, name, key))
-        for key, value in _items(nest)
-    }
-    return named if isinstance(nest, dict) else list(named.values())
-
-
-def _items(nest: Any) -> list[tuple[Any, Any]]:
-    """Entries in the order `keras.tree.flatten` visits them."""
-    return (
-        sorted(nest.items()) if isinstance(nest, dict) else [*enumerate(nest)]
-    )
-
-
-def _child_name(nest: Any, name: str, key: Any) -> str:
-    return key if isinstance(nest, dict) else f"{name}_{key}"
-
-
-def _guess_dtype(name: str, model: keras.Model) -> str:
-    token_like = name.endswith(("_ids", "_mask", "tokens"))
-    return "int32" if token_like else str(model.input_dtype)
 
 
 def name_axes(
@@ -221,8 +192,9 @@ def name_axes(
     shared = name.removeprefix(prefix) in _TEXT_INPUTS
     if not prefix and several and not shared:
         prefix = f"{name}_"
-    free = ["sequence", "width"] if len(shape) < 4 else ["height", "width"]
-    free += [f"axis_{axis}" for axis in range(3, len(shape))]
+    is_image = len(shape) == 4 and shape[1] is shape[2] is None
+    free = ["height", "width"] if is_image else ["sequence", "height", "width"]
+    free += [f"axis_{axis}" for axis in range(len(free) + 1, len(shape))]
     return tuple(
         size
         if size is not None

@@ -18,7 +18,9 @@ def apply(model: ir.Model) -> int:
     first: dict[tuple[object, ...], ir.Value] = {}
     count = 0
     graph = model.graph
-    for value in list(graph.initializers.values()):
+    # A table that rows are read from stays as it is; copies follow it.
+    values = sorted(graph.initializers.values(), key=_is_computed_with)
+    for value in values:
         content = rewriting.array(value)
         if content is None or value.is_graph_output():
             continue
@@ -35,6 +37,10 @@ def apply(model: ir.Model) -> int:
         del graph.initializers[value.name]
         count += 1
     return count
+
+
+def _is_computed_with(value: ir.Value) -> bool:
+    return all(node.op_type != "Gather" for node in value.consumers())
 
 
 def _key(content: np.ndarray) -> tuple[object, ...]:

@@ -1,0 +1,91 @@
+"""A model beside the inputs it is traced and checked on."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_peft.export import comparison
+from keras_peft.export import samples
+from keras_peft.export.result import Verification
+from keras_peft.export.signature import Signature
+from keras_peft.export.signature import fix_constant_axes
+from keras_peft.export.signature import read_signature
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """What a model gives for batches of several sizes.
+
+    Attributes:
+        model: The Keras model.
+        signature: Its inputs.
+        sample: The batch to trace with.
+        batches: The batches to check with, none of the sample's sizes.
+        references: Outputs of the model for every one of `batches`, flat.
+    """
+
+    model: keras.Model
+    signature: Signature
+    sample: samples.Batch
+    batches: list[samples.Batch]
+    references: list[list[np.ndarray]]
+
+    def compare(
+        self, graph: "onnx.ModelProto", step: str, tolerance: float | None
+    ) -> Verification:
+        """Runs the graph on the same batches."""
+        return comparison.compare(
+            graph, self.batches, self.references, step, tolerance
+        )
+
+
+def prepare_checks(model: keras.Model, calibration: Any) -> Checks:
+    """Makes inputs up, adds the user's, and asks the model about all.
+
+    Raises:
+        ValueError: If the model does not take made-up inputs and there are
+            not two batches of the user's to replace them.
+    """
+    signature = read_signature(model)
+    given = []
+    if calibration is not None:
+        given = samples.read_batches(signature, calibration)
+    try:
+        return _made_up(model, signature, given)
+    except Exception as error:
+        if len(given) < 2:
+            raise ValueError(
+                "The model does not take inputs made up from its input "
+                "specs. Pass two batches of real inputs of different sizes "
+                "as `calibration`, no free size being 1 in the first. "
+                f"Received from the model: {error}"
+            ) from error
+    signature = fix_constant_axes(signature, given)
+    references = [_outputs(model, signature, batch) for batch in given[1:]]
+    return Checks(model, signature, given[0], given[1:], references)
+
+
+def _made_up(
+    model: keras.Model, signature: Signature, given: list[samples.Batch]
+) -> Checks:
+    sizes = samples.trace_sizes(model, signature)
+    sample = samples.make_batch(model, signature, sizes, seed=2)
+    batches = [
+        samples.make_batch(model, signature, sizes, seed)
+        for seed, sizes in enumerate(samples.check_sizes(model, signature))
+    ]
+    batches += given
+    references = [_outputs(model, signature, batch) for batch in batches]
+    return Checks(model, signature, sample, batches, references)
+
+
+def _outputs(
+    model: keras.Model, signature: Signature, batch: samples.Batch
+) -> list[np.ndarray]:
+    return comparison.reference_outputs(model, signature, batch)
