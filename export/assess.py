@@ -106,7 +106,9 @@ def _typical_batch(
     sizes = dict(samples.check_sizes(model, signature)[0]) | {"batch": 1}
     for spec in signature.inputs:
         if spec.name == "token_ids" and isinstance(spec.shape[-1], str):
-            sizes[spec.shape[-1]] = min(TYPICAL_LENGTH, samples._longest(model))
+            sizes[spec.shape[-1]] = min(
+                TYPICAL_LENGTH, samples.longest_sequence(model)
+            )
     return samples.make_batch(model, signature, sizes, seed=3)
 
 

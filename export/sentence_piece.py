@@ -52,7 +52,8 @@ def piece_ids(layer: SentencePieceTokenizer) -> dict[str, int]:
 def _parse(serialized: bytes) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2  # Made at run time: no types.
+    proto = messages.ModelProto()
     proto.ParseFromString(serialized)
     return proto
 

@@ -48,7 +48,7 @@ class TextPreprocessing:
         """From now on pads a batch to its longest text, which is faster."""
         self.settings["padding"]["to"] = "longest"
         if self.tokenizer is not None:
-            padding = dict(self.tokenizer.padding) | {"length": None}
+            padding = {**(self.tokenizer.padding or {}), "length": None}
             self.tokenizer.enable_padding(**padding)
 
 

@@ -209,7 +209,7 @@ def _replace(pattern: str, content: str) -> normalizers.Normalizer:
 
 def special_tokens(layer: Tokenizer) -> dict[str, dict[str, str | int]]:
     """Text and id by role: `{"pad": {"token": "[PAD]", "id": 0}}`."""
-    found = {}
+    found: dict[str, dict[str, str | int]] = {}
     for role in ("start", "end", "pad", "mask", "unk"):
         token = getattr(layer, f"{role}_token", None)
         id = getattr(layer, f"{role}_token_id", None)
