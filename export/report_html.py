@@ -93,14 +93,14 @@ def _steps(report: ExportReport) -> str:
 <p class="soft">{escape(report.latency)}</p>
 <div class="bars">{"".join(parts)}</div>
 {_table(_STEP_HEAD, [_step_row(step) for step in steps], wide=0)}
-<p class="soft" style="margin-top:12px">Differences are from the outputs of
-Keras, on other sizes than the graph was traced with: the largest one, and
-that over the largest output.</p>"""
+<p class="soft" style="margin-top:12px">The difference is the largest from an
+output of Keras, on other sizes than the graph was traced with; relative means
+over the largest output.</p>"""
 
 
 _STEP_HEAD = (
     "Step",
-    "Largest difference",
+    "Difference",
     "Relative",
     "Cosine",
     "Accuracy",

@@ -99,8 +99,8 @@ footer { margin-top: 56px; color: var(--soft); font-size: 13px; }
   .figures dd { font-size: 21px; }
   .bar { grid-template-columns: 58px 1fr 76px; gap: 8px; }
   .stack thead { display: none; }
-  .stack tr { display: grid; grid-template-columns: 1fr 1fr;
-    column-gap: 28px; padding: 10px 0;
+  .stack tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr));
+    column-gap: 24px; padding: 10px 0;
     border-bottom: 1px solid var(--line); }
   .stack td { display: flex; justify-content: space-between; gap: 16px;
     border: 0; padding: 2px 0; text-align: right; }
