@@ -36,9 +36,9 @@ test-slow: $(DEV) ## Test everything on all three, real weights included
 
 lint: $(DEV) ## Check format, style and types
 	@echo "Checking format, style and types."
-	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/mypy
+	@status=0; for check in "ruff format --check ." "ruff check ." mypy; do \
+		$(VENV)/bin/$$check || status=1; \
+	done; exit $$status
 
 bench: $(DEV) ## Run every script in benchmarks/
 	@for script in benchmarks/*.py; do \
