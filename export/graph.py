@@ -180,9 +180,9 @@ def _essence(stderr: str, returncode: int) -> str:
     """The last exception of a traceback, its frames and colors left out."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", stderr)
     # torch's exporter puts its advice first and the cause in a summary.
-    summary = re.search(r"## Exception summary\s+(.*?)(\n\n|$)", text, re.S)
-    if summary:
-        return summary[1].strip()[:_LONGEST_MESSAGE]
+    summary = text.rpartition("## Exception summary")[2]
+    if summary != text:
+        return re.sub(r"\n\n+", "\n", summary.strip())[:_LONGEST_MESSAGE]
     lines = [line for line in text.splitlines() if line.strip()]
     frames = [n for n, line in enumerate(lines) if line.startswith("  File ")]
     start = frames[-1] + 1 if frames else max(len(lines) - 10, 0)

@@ -32,10 +32,11 @@ def _layer_names(model: keras.Model) -> list[str]:
 
     A language model's last layer is its embedding, used backwards.
     """
-    return [
-        "logits" if hasattr(model.get_layer(name), "input_dim") else name
-        for name in getattr(model, "output_names", None) or []
-    ]
+    names = getattr(model, "output_names", None) or []
+    tables = {
+        layer.name for layer in model.layers if hasattr(layer, "input_dim")
+    }
+    return ["logits" if name in tables else name for name in names]
 
 
 def _flat_with_path(nest: Any) -> list[tuple[tuple[Any, ...], Any]]:

@@ -77,6 +77,8 @@ def read_signature(model: keras.Model) -> Signature:
         signature = _from_first_call(model)
     else:
         signature = _from_keras_tensors(struct)
+    if not any(axis.endswith("sequence") for axis in signature.axes):
+        return signature
     shared = _rename_sequences(signature, "sequence")
     fixed = _rename_sequences(signature, longest_sequence(model))
     for candidate in (signature, shared, fixed):
@@ -99,10 +101,10 @@ def _takes(model: keras.Model, signature: Signature) -> bool:
     """Whether the free axes can really have different sizes."""
     sizes = dict.fromkeys(signature.axes, 64)
     lengths = [axis for axis in sizes if axis.endswith("sequence")]
+    sizes["batch"] = 1
     sizes |= {axis: 5 + number for number, axis in enumerate(lengths)}
     tensors = {
-        i.name: keras.KerasTensor(i.sized(sizes), i.dtype)
-        for i in signature.inputs
+        i.name: np.zeros(i.sized(sizes), i.dtype) for i in signature.inputs
     }
     try:
         signature.call(model, tensors)

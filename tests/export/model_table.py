@@ -1,5 +1,7 @@
 """Small random models of every kind that the exporter promises to take."""
 
+import os
+
 import keras
 import keras_hub
 import numpy as np
@@ -298,6 +300,33 @@ def subclassed():
     model = Subclassed()
     model({"a": np.ones((2, 4), "float32"), "b": np.ones((2, 6), "float32")})
     return model
+
+
+@keras.saving.register_keras_serializable("tests")
+class NotTraceableByTorch(keras.layers.Layer):
+    """A layer that torch's exporter cannot look into."""
+
+    def call(self, inputs):
+        if keras.config.backend() == "torch":
+            import torch
+
+            if torch.compiler.is_exporting():
+                raise NotImplementedError("this layer is opaque to torch")
+        return inputs + 1.0
+
+
+@keras.saving.register_keras_serializable("tests")
+class OwnToTheProcess(keras.layers.Layer):
+    """A layer that computes something else in every process."""
+
+    def call(self, inputs):
+        return inputs + float(os.getpid() % 1000)
+
+
+def with_layer(layer):
+    """A model around one of the two."""
+    inputs = keras.Input((6,), name="features")
+    return keras.Model(inputs, keras.layers.Dense(3)(layer(inputs)))
 
 
 def make(name):
