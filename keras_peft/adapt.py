@@ -27,7 +27,7 @@ def adapt(
     name: str = "default",
     head: str | Sequence[str] | None = None,
 ) -> keras.Model:
-    """Adds an adapter to `model`, in place, and freezes its base.
+    r"""Adds an adapter to `model`, in place, and freezes its base.
 
     Afterwards the adapter's variables and the head train, nothing else does:
     every base variable keeps its bits through `fit`, the statistics of batch
@@ -40,8 +40,8 @@ def adapt(
         model: Any built Keras model, a keras-hub backbone or task included.
         method: Settings of a method, such as `keras_peft.LoRA(rank=8)`.
         targets: What to adapt: layer names (`"query"`), regular expressions
-            over the end of a layer's path (`r"transformer_layers\\.[01]\\..*"`),
-            or groups: `"attention"`, `"mlp"`, `"all-linear"`, `"embeddings"`,
+            over the end of a layer's path (`r"layers\.[01]\..*"`), or groups:
+            `"attention"`, `"mlp"`, `"all-linear"`, `"embeddings"`,
             `"convolutions"`. Groups leave the head out. `None` takes the
             linear layers of transformer blocks, attention and feed-forward;
             without blocks, all linear layers; and the convolutions too where
@@ -61,7 +61,6 @@ def adapt(
             then as it was.
 
     Example:
-
     >>> keras_peft.adapt(classifier, keras_peft.LoRA(rank=8))
     >>> classifier.compile("adam", "sparse_categorical_crossentropy")
     >>> classifier.fit(sentences, labels)

@@ -91,7 +91,12 @@ class AdaptedModel:
         activate(model, config["active"])
         return model
 
-    def quantize(self, *args, **kwargs):
+    # A property: Keras puts a `quantize` of its own on every instance.
+    @property
+    def quantize(self):
+        return self._refuse_quantize
+
+    def _refuse_quantize(self, *args, **kwargs):
         raise ValueError(_not_while_adapted("quantized", self))
 
     def save_to_preset(self, *args, **kwargs):
@@ -115,6 +120,7 @@ def _not_while_adapted(done, model):
 
 
 def is_adapted(model):
+    """Whether `model` itself was adapted."""
     return isinstance(model, AdaptedModel)
 
 
@@ -122,11 +128,19 @@ def state_of(model):
     """The `AdapterState` of `model`; raises if it has none."""
     if is_adapted(model):
         return model.peft
-    for path, layer in layer_tree.walk(model):
+    is_layer = isinstance(model, keras.Layer)
+    for path, layer in layer_tree.walk(model) if is_layer else ():
         if is_adapted(layer):
             raise ValueError(
                 f"`{model.name}` was not adapted itself: its layer `{path}` "
                 f"was. Pass that layer. Received: model={model.name!r}"
+            )
+        if layer_tree.is_adapted(layer):
+            raise ValueError(
+                f"`{model.name}` was not adapted as a whole: its layer "
+                f"`{path}` was wrapped by hand, and stays so. Use "
+                "`keras_peft.adapt` instead of `keras_peft.layers` to merge, "
+                f"switch or save adapters. Received: model={model.name!r}"
             )
     raise ValueError(
         f"`{getattr(model, 'name', model)}` has no adapters. Add one with "

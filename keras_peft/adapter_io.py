@@ -58,7 +58,7 @@ def write_adapter(model: keras.Model, folder: Path, name: str) -> None:
     """Writes the two files of an adapter into an existing folder."""
     adapter = adapted_model.named(model, name)
     tensors = _tensors(model, name)
-    safetensors.numpy.save_file(tensors, folder / TENSORS)
+    (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors))
     layers = dict(layer_tree.walk(model))
     settings = {
         "format": _FORMAT,

@@ -42,7 +42,6 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             the folder holds a run with other settings.
 
     Example:
-
     >>> checkpoint = keras_peft.AdapterCheckpoint("run/")
     >>> model.fit(x, y, epochs=10, callbacks=[checkpoint])
     """
@@ -94,7 +93,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         }
         with whole_folder(self.folder) as staging:
             adapter_io.write_adapter(self.model, staging, self.name)
-            safetensors.numpy.save_file(state, staging / _STATE)
+            (staging / _STATE).write_bytes(safetensors.numpy.save(state))
             (staging / _PROGRESS).write_text(json.dumps(progress))
 
     def _state(self):

@@ -27,8 +27,14 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         yield staging
         _flush(staging)
         _take_place(staging, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(
+                f"The folder could not be written: {error}. What was there "
+                "before is unchanged. Make room, or choose another place. "
+                f"Received: {str(path)!r}"
+            ) from error
         raise
 
 

@@ -1,5 +1,7 @@
 """Telling one base model from another by a few of its numbers."""
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 
@@ -10,8 +12,10 @@ from keras_peft import layer_tree
 _SAMPLES = 4
 
 
-def fingerprint(model: keras.Layer, head=None) -> dict[str, dict]:
-    """`{"path.weight": {"shape", "dtype", "samples"}}` of the base's weights."""
+def fingerprint(
+    model: keras.Layer, head: Sequence[str] | None = None
+) -> dict[str, dict]:
+    """`{"path.weight": {"shape", "dtype", "samples"}}` of the base."""
     return {
         key: {
             "shape": list(variable.shape),
@@ -22,7 +26,9 @@ def fingerprint(model: keras.Layer, head=None) -> dict[str, dict]:
     }
 
 
-def compare(model: keras.Layer, saved: dict[str, dict], head) -> list[str]:
+def compare(
+    model: keras.Layer, saved: dict[str, dict], head: Sequence[str]
+) -> list[str]:
     """What tells the base of `model` from the one that was `saved`.
 
     Numbers may differ by as much as the coarser of the two dtypes rounds, so

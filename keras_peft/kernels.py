@@ -48,7 +48,7 @@ class DenseKernel:
         return ops.matmul(inputs, a)
 
     def up(self, hidden, b):
-        """`hidden @ b` in the layer's output shape, `b` is `(rank, outputs)`."""
+        """`hidden @ b` in the layer's output shape, `b` `(rank, outputs)`."""
         return ops.matmul(hidden, b)
 
     def low_rank(self, inputs, a, b, scale):

@@ -96,7 +96,8 @@ def _attribute_names(parent, wanted):
 def _public_name(parent, name, value):
     """`backbone` for `_backbone`, where a property shows it so."""
     public = name.lstrip("_")
-    if isinstance(getattr(type(parent), public, None), property):
+    shown = getattr(type(parent), public, None)
+    if public != name and isinstance(shown, property):
         return public if getattr(parent, public) is value else name
     return name
 
@@ -164,7 +165,12 @@ class AdaptedLayer:
     def from_config(cls, config):
         raise ValueError(_alone("cloned", cls))
 
-    def quantize(self, *args, **kwargs):
+    # A property: Keras puts a `quantize` of its own on every instance.
+    @property
+    def quantize(self):
+        return self._refuse_quantize
+
+    def _refuse_quantize(self, *args, **kwargs):
         raise ValueError(
             f"Layer {self.name!r} carries adapters, which quantizing would "
             "leave outside. Call `keras_peft.merge(model)` first. "
@@ -190,6 +196,7 @@ def _alone(done, layer):
 
 
 def is_adapted(layer: keras.Layer) -> bool:
+    """Whether `layer` itself carries adapters."""
     return isinstance(layer, AdaptedLayer)
 
 

@@ -30,7 +30,6 @@ class LoRA(keras.layers.Wrapper):
     Output shape: that of `layer`.
 
     Example:
-
     >>> inputs = keras.Input((784,))
     >>> hidden = keras_peft.layers.LoRA(keras.layers.Dense(64), rank=4)(inputs)
     """

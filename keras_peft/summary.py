@@ -1,7 +1,6 @@
 """A table of what is adapted."""
 
 import math
-import shutil
 from collections.abc import Callable
 
 import keras
@@ -29,7 +28,7 @@ def summary(
 
     state = adapted_model.state_of(model)
     table = Table(title=f"Adapters of {model.name!r}")
-    table.add_column("Layer", overflow="fold")
+    table.add_column("Layer", no_wrap=True)
     table.add_column("Adapter")
     for column in ("Rank", "Parameters", "Trainable", "Bytes"):
         table.add_column(column, justify="right")
@@ -42,8 +41,8 @@ def summary(
     head = list(adapted_model.head_variables(model).values())
     if head:
         table.add_row(", ".join(state.head), "head", "-", *_sizes(head))
-    width = max(100, shutil.get_terminal_size().columns)
-    console = Console(width=width)
+    # As wide as its longest path: a path cut short names no layer.
+    console = Console(width=1000)
     with console.capture() as capture:
         console.print(table)
         console.print(_totals(model))

@@ -224,7 +224,9 @@ def rows(*tables):
     found = [((), (), True)]
     for table in tables:
         items = list(
-            table.items() if isinstance(table, dict) else zip(table, table)
+            table.items()
+            if isinstance(table, dict)
+            else zip(table, table, strict=True)
         )
         found = [
             ((*ids, str(key)), (*values, value), sliced and _sliced(value))

@@ -65,7 +65,6 @@ class LoRA(Method):
         ValueError: if an argument is out of its range.
 
     Example:
-
     >>> keras_peft.adapt(model, keras_peft.LoRA(rank=8), targets="attention")
     """
 
