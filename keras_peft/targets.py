@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import keras
 
+from keras_peft import adapted_model
 from keras_peft import layer_tree
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
@@ -172,5 +173,6 @@ def find_head(model: keras.Layer) -> list[str]:
     return [
         path
         for path, layer in children
-        if id(layer) not in inside and layer.variables
+        if id(layer) not in inside
+        and adapted_model.variables_below({path: layer}, [path])
     ]
