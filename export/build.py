@@ -53,7 +53,7 @@ def build_onnx(
     float_model, tracer, notes, float_check = _float_graph(
         checks, tolerance if quantize is None else None
     )
-    final, left_float = _quantized(float_model, quantize)
+    final, left_float = _quantized(checks, float_model, quantize)
     steps = [float_check]
     if quantize is not None:
         steps.append(checks.compare(final, quantize, tolerance))
@@ -163,7 +163,7 @@ def _to_proto(graph: Any) -> "onnx.ModelProto":
 
 
 def _quantized(
-    graph: "onnx.ModelProto", quantize: str | None
+    checks: Checks, graph: "onnx.ModelProto", quantize: str | None
 ) -> tuple["onnx.ModelProto", tuple[FloatWeight, ...]]:
     if quantize is None:
         return graph, ()
@@ -174,8 +174,12 @@ def _quantized(
     import onnx_ir as ir
 
     from keras_peft.export.quantize import quantize_int8
+    from keras_peft.export.smooth import channel_ranges
+    from keras_peft.export.smooth import smooth
 
+    ranges = channel_ranges(graph, [checks.typical, *checks.batches])
     model = ir.from_proto(graph)
+    smooth(model, ranges)
     left_float = quantize_int8(model)
     return _to_proto(model), left_float
 

@@ -27,6 +27,7 @@ class Checks:
         signature: Its inputs.
         sample: The batch to trace with.
         batches: The batches to check with, none of the sample's sizes.
+        typical: A longer batch, to learn the ranges of inner values from.
         references: Outputs of the model for every one of `batches`, flat.
     """
 
@@ -34,6 +35,7 @@ class Checks:
     signature: Signature
     sample: samples.Batch
     batches: list[samples.Batch]
+    typical: samples.Batch
     references: list[list[np.ndarray]]
 
     def compare(
@@ -68,7 +70,7 @@ def prepare_checks(model: keras.Model, calibration: Any) -> Checks:
             ) from error
     signature = fix_constant_axes(signature, given)
     references = [_outputs(model, signature, batch) for batch in given[1:]]
-    return Checks(model, signature, given[0], given[1:], references)
+    return Checks(model, signature, given[0], given[1:], given[0], references)
 
 
 def _made_up(
@@ -82,7 +84,9 @@ def _made_up(
     ]
     batches += given
     references = [_outputs(model, signature, batch) for batch in batches]
-    return Checks(model, signature, sample, batches, references)
+    sizes = samples.typical_sizes(model, signature)
+    typical = samples.make_batch(model, signature, sizes, seed=3)
+    return Checks(model, signature, sample, batches, typical, references)
 
 
 def _outputs(

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,7 +125,9 @@ def _trace_in_process(
             f"{keras.config.backend()} backend"
         )
     try:
-        trace_here(model, signature, sample, folder / "graph.onnx")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Tracers warn of themselves.
+            trace_here(model, signature, sample, folder / "graph.onnx")
     except Exception as error:
         raise TracingError(f"{type(error).__name__}: {error}") from error
 

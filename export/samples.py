@@ -33,6 +33,11 @@ def check_sizes(
     )
 
 
+def typical_sizes(model: keras.Model, signature: Signature) -> dict[str, int]:
+    """Sizes as in use: a few rows of some length."""
+    return _sizes(model, signature, batch=4, length=64, image=128)
+
+
 def _sizes(
     model: keras.Model,
     signature: Signature,
