@@ -13,6 +13,8 @@ from keras_peft.export.checks import prepare_checks
 from keras_peft.export.result import FloatWeight
 from keras_peft.export.result import OnnxResult
 from keras_peft.export.result import Verification
+from keras_peft.export.single_precision import as_float32
+from keras_peft.export.single_precision import computes_in_less
 
 if TYPE_CHECKING:
     import onnx
@@ -49,8 +51,15 @@ def build_onnx(
         TracingError: If no tracer gives a graph that equals the model.
     """
     _check(model, quantize)
+    notes = []
+    if computes_in_less(model):
+        model = as_float32(model)
+        notes.append(
+            "Layers that compute in float16 or bfloat16 were exported, and "
+            "checked, in float32."
+        )
     checks = prepare_checks(model, calibration)
-    float_model, tracer, notes, float_check = _float_graph(
+    float_model, tracer, failures, float_check = _float_graph(
         checks, tolerance if quantize is None else None
     )
     final, left_float = _quantized(checks, float_model, quantize)
@@ -66,7 +75,7 @@ def build_onnx(
         inputs=inputs,
         outputs=outputs,
         tracer=tracer,
-        notes=tuple(notes),
+        notes=(*notes, *failures),
         verification=tuple(steps),
         weights_left_float=left_float,
         sizes={"float32": float_model.ByteSize()}
