@@ -126,7 +126,8 @@ def _vocabulary(model: keras.Model, name: str) -> int:
 
 def _consumers(model: keras.Model, name: str) -> list[Any]:
     """Operations of a functional model that read the input directly."""
-    tensors = keras.tree.flatten(getattr(model, "_inputs_struct", None) or [])
+    struct = getattr(model, "_inputs_struct", None)
+    tensors = [] if struct is None else keras.tree.flatten(struct)
     named = dict(zip(tensor_names(tensors), tensors, strict=True))
     if name not in named:
         return []
