@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from keras_peft.export.passes import deduplicate_initializers
 from keras_peft.export.passes import einsum_to_matmul
-from keras_peft.export.passes import fold_reshaped_constants
+from keras_peft.export.passes import fold_constants
 from keras_peft.export.passes import fold_scale
 from keras_peft.export.passes import gemm_to_matmul
 from keras_peft.export.passes import mask_by_adding
@@ -26,7 +26,7 @@ def optimize(model: ir.Model, variables: Mapping[str, np.ndarray]) -> None:
     """
     # Names first: later rewrites reshape and join what the names go by.
     name_initializers.apply(model, variables)
-    fold_reshaped_constants.apply(model)
+    fold_constants.apply(model)
     einsum_to_matmul.apply(model)
     gemm_to_matmul.apply(model)
     plain_gather.apply(model)

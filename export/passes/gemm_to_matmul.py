@@ -23,7 +23,7 @@ def _rewrite(model: ir.Model, node: ir.Node) -> bool:
     alpha, beta = _factor(node, "alpha"), _factor(node, "beta")
     if weights is None or rewriting.integer(node, "transA", 0):
         return False
-    if beta != 1 and rewriting.array(bias) is None:
+    if bias is not None and beta != 1 and rewriting.array(bias) is None:
         return False
     if rewriting.integer(node, "transB", 0):
         weights, kernel = weights.T, None

@@ -46,3 +46,14 @@ def test_gemm_of_two_activations_is_left_alone():
         }"""
     )
     assert gemm_to_matmul.apply(model) == 0
+
+
+def test_gemm_without_a_bias_ignores_its_factor():
+    model = graphs.graph(
+        """g (float[a, 6] x) => (float[a, 4] y) {
+            y = Gemm <beta = 0.0> (x, kernel)
+        }""",
+        kernel=graphs.random(6, 4),
+    )
+    assert gemm_to_matmul.apply(model) == 1
+    assert graphs.ops(model) == {"MatMul": 1}
