@@ -37,5 +37,6 @@ def predict(folder, sentences):
 
 if __name__ == "__main__":
     sentences = sys.argv[2:]
-    for sentence, answer in zip(sentences, predict(sys.argv[1], sentences)):
-        print(f"{answer[0]:9} {answer[1]:4.0%}  {sentence}")
+    answers = predict(sys.argv[1], sentences)
+    for sentence, (label, odds) in zip(sentences, answers, strict=True):
+        print(f"{label:9} {odds:4.0%}  {sentence}")

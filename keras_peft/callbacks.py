@@ -21,9 +21,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     A run that was killed goes on where its last checkpoint was, when the same
     script is started again: same weights, same optimizer slots, same states of
-    random generators, same order of the data. For the order of the data the
-    callback seeds every epoch by its number; on TensorFlow, which shuffles
-    arrays by the seed at the start of `fit`, call
+    random generators, same order of the data. For that the callback seeds
+    Python, NumPy and the backend at every epoch and checkpoint; on TensorFlow,
+    which shuffles arrays by the seed at the start of `fit`, call
     `keras.utils.set_random_seed()` before `fit` too. A data set that shuffles
     by itself has to do so by the epoch, or not at all.
 
@@ -61,6 +61,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self.epoch = 0
         self.skip = 0
         self.unsaved = 0
+        self.interrupted = {}
 
     def on_train_begin(self, logs=None):
         adapted_model.named(self.model, self.name)
@@ -70,8 +71,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch
-        keras.utils.set_random_seed(self.seed + epoch)
+        self._seed(epoch, 0)
         if self.skip:
+            self._assign(self.interrupted)
             self._skip_batches()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -80,9 +82,16 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self.unsaved += self.model.steps_per_execution
         if self.unsaved >= self.save_freq:
             self._save(self.epoch, batch + 1)
+            self._seed(self.epoch, batch + 1)
 
     def on_epoch_end(self, epoch, logs=None):
         self._save(epoch + 1, 0)
+
+    def _seed(self, epoch, batch):
+        # A run that resumes here draws from the same state: torch's dropout
+        # follows the global generator, which no variable holds.
+        seed = self.seed + 1_000_003 * epoch + batch
+        keras.utils.set_random_seed(seed % 2**32)
 
     def _save(self, epoch, batch):
         self.unsaved = 0
@@ -117,37 +126,39 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         values = safetensors.numpy.load_file(folder / _STATE)
-        state = self._state()
-        shapes = {key: tuple(v.shape) for key, v in state.items()}
-        # Metrics are created by the first batch: they may be missing yet.
-        saved = {k: v for k, v in values.items() if not k.startswith("metric")}
-        wanted = {k: s for k, s in shapes.items() if not k.startswith("metric")}
-        if wanted != {key: value.shape for key, value in saved.items()}:
+        shapes = {key: tuple(v.shape) for key, v in self._state().items()}
+        if shapes != {key: value.shape for key, value in values.items()}:
             raise ValueError(
                 "The checkpoint is of a run with another optimizer or model. "
                 "Use another folder, or delete it. "
                 f"Received: {str(folder)!r}"
             )
         adapter_io.load_adapter(model, folder, self.name, trainable)
-        for key in state.keys() & values.keys():
-            state[key].assign(values[key])
-        self.metrics = [v for k, v in values.items() if k not in wanted]
+        self._assign(values)
+        # Keras resets metrics before an epoch: they are needed again there.
+        self.interrupted = values
         progress = json.loads((folder / _PROGRESS).read_text())
         self.seed, self.skip = progress["seed"], progress["batch"]
         model._initial_epoch = progress["epoch"]
 
+    def _assign(self, values):
+        for key, variable in self._state().items():
+            variable.assign(values[key])
+
     def _skip_batches(self):
         """Lets the next batches be read, but not computed."""
-        model = self.model
+        model, batch = self.model, self.skip
         compute = model.train_function
 
-        def read(*arguments):  # (iterator,), or (state, iterator) on JAX
-            for _ in range(model.steps_per_execution):
-                next(arguments[-1])
+        def read(*arguments):  # (data,), or (state, data) on JAX
+            if hasattr(arguments[-1], "__next__"):
+                for _ in range(model.steps_per_execution):
+                    next(arguments[-1])
             self.skip -= model.steps_per_execution
             if self.skip <= 0:
                 self.skip = 0
                 model.train_function = compute
+                self._seed(self.epoch, batch)
             return {} if len(arguments) == 1 else ({}, arguments[0])
 
         model.train_function = read

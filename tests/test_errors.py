@@ -63,7 +63,7 @@ def test_settings(settings, words):
     assert words in str(caught.value)
 
 
-ADAPTS = {
+ADAPTS: dict[str, tuple] = {
     "no target": (dict(targets="q_proj"), "No layer of", "'query' (x2)"),
     "typo": (dict(targets=["query", "valeu"]), "Did you mean 'value'?"),
     "wrong group": (dict(targets="attentions"), "'attention'"),
