@@ -167,15 +167,18 @@ SLICE = ("functional", "subclassed", "convolutional", "bert-classifier", "gpt2")
 
 
 def build(name):
-    """The same model each time, its weights nowhere zero or one."""
+    """The same model each time and everywhere, no weight zero or one."""
     keras.utils.set_random_seed(0)
     model = MODELS[name]()
     rng = np.random.default_rng(0)
     for variable in model.variables:
         if "seed_generator" not in variable.path:
-            noise = rng.uniform(0.02, 0.2, size=variable.shape)
-            value = keras.ops.convert_to_numpy(variable)
-            variable.assign(value + noise.astype("float32"))
+            value = rng.uniform(0.02, 0.2, size=variable.shape)
+            if len(variable.shape) > 1:
+                value = rng.normal(scale=0.3, size=variable.shape)
+            else:  # Biases start at zero, norms' scales at one.
+                value += keras.ops.convert_to_numpy(variable)
+            variable.assign(value.astype("float32"))
     return model
 
 
