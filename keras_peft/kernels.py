@@ -45,11 +45,11 @@ class DenseKernel:
 
     def down(self, inputs, a):
         """`inputs @ a`, for `a` of shape `(inputs, rank)`."""
-        return ops.matmul(inputs, a)
+        return _matmul(inputs, a)
 
     def up(self, hidden, b):
         """`hidden @ b` in the layer's output shape, `b` `(rank, outputs)`."""
-        return ops.matmul(hidden, b)
+        return _matmul(hidden, b)
 
     def low_rank(self, inputs, a, b, scale):
         """`scale * inputs @ a @ b`: the product `a @ b` is never formed."""
@@ -63,6 +63,19 @@ class DenseKernel:
         if self.bias is None:
             return outputs
         return ops.subtract(outputs, ops.cast(self.bias, outputs.dtype))
+
+
+def _matmul(inputs, matrix):
+    """`inputs @ matrix`, with all tokens on one axis.
+
+    With several, XLA transposes a copy of the outputs' gradient, as large as
+    the outputs, to get the gradient of `matrix`.
+    """
+    *tokens, size = ops.shape(inputs)
+    if len(tokens) == 1:
+        return ops.matmul(inputs, matrix)
+    outputs = ops.matmul(ops.reshape(inputs, (-1, size)), matrix)
+    return ops.reshape(outputs, (*tokens, matrix.shape[1]))
 
 
 class EinsumKernel(DenseKernel):
