@@ -130,9 +130,11 @@ def weight_errors(
     """How far each stored weight is from the float32 one, worst first.
 
     Relies on the names of quantized weights: `<name>/int8` with
-    `<name>/scale`, or the same name in float16.
+    `<name>/scale`, or the same name in float16. Rows of a kernel whose input
+    is multiplied by a factor are divided by it: that is undone first.
     """
     stored = {i.name: i for i in graph.graph.initializer}
+    factors = _input_factors(graph)
     errors = []
     for tensor in float_graph.graph.initializer:
         found = _restored(tensor.name, stored)
@@ -140,6 +142,9 @@ def weight_errors(
             continue
         weight = _array(tensor).astype("float64")
         value, kind = found
+        if tensor.name in factors:
+            factor = _array(stored[factors[tensor.name]])
+            value = value * factor.astype("float64")[:, None]
         norm = float(np.linalg.norm(weight))
         change = float(np.linalg.norm(value.reshape(weight.shape) - weight))
         relative = change / norm if norm else 0.0
@@ -158,6 +163,22 @@ def _restored(
         if value.dtype == np.float16:
             return value.astype("float64"), "float16"
     return None
+
+
+def _input_factors(graph: "onnx.ModelProto") -> dict[str, str]:
+    """`{kernel: factor}` where a product's input is `Mul(x, Cast(factor))`."""
+    producers = {name: n for n in graph.graph.node for name in n.output}
+    factors = {}
+    for node in graph.graph.node:
+        if node.op_type != "MatMulInteger":
+            continue
+        quantize = producers.get(node.input[0])
+        even = quantize and producers.get(quantize.input[0])
+        for name in even.input if even and even.op_type == "Mul" else ():
+            cast = producers.get(name)
+            if cast and cast.input[0].endswith("/factor"):
+                factors[node.input[1].removesuffix("/int8")] = cast.input[0]
+    return factors
 
 
 def _array(tensor: "onnx.TensorProto") -> np.ndarray:

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+# The name that an initializer would have, had it been free.
+_WANTED = "wanted name"
+
 
 def nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
     """Nodes of the main graph with one of the ONNX `op_types`.
@@ -42,7 +45,10 @@ def scalar(value: ir.Value | None) -> float | None:
 
 
 def constant(model: ir.Model, name: str, data: np.ndarray) -> ir.Value:
-    """A new initializer, with a number behind its name if it is taken."""
+    """A new initializer, with a number behind its name while it is taken.
+
+    `clean` gives it the name itself once what it replaces is gone.
+    """
     graph = model.graph
     taken = graph.initializers
     unique, number = name, 1
@@ -53,6 +59,8 @@ def constant(model: ir.Model, name: str, data: np.ndarray) -> ir.Value:
     value = ir.val(
         unique, dtype=tensor.dtype, shape=tensor.shape, const_value=tensor
     )
+    replaced = taken.get(name)
+    value.meta[_WANTED] = replaced.meta.get(_WANTED, name) if replaced else name
     graph.register_initializer(value)
     return value
 
@@ -128,6 +136,10 @@ def clean(model: ir.Model) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+    for value in list(graph.initializers.values()):
+        wanted = value.meta.get(_WANTED)
+        if wanted and wanted not in graph.initializers:
+            value.name = wanted
     for node in graph:
         node.name = ""
         for value in node.outputs:
