@@ -69,10 +69,11 @@ def _matmul(inputs, matrix):
     """`inputs @ matrix`, with all tokens on one axis.
 
     With several, XLA transposes a copy of the outputs' gradient, as large as
-    the outputs, to get the gradient of `matrix`.
+    the outputs, to get the gradient of `matrix`. Torch does not, and there
+    views would keep it from adding gradients in place.
     """
     *tokens, size = ops.shape(inputs)
-    if len(tokens) == 1:
+    if len(tokens) == 1 or keras.backend.backend() == "torch":
         return ops.matmul(inputs, matrix)
     outputs = ops.matmul(ops.reshape(inputs, (-1, size)), matrix)
     return ops.reshape(outputs, (*tokens, matrix.shape[1]))
