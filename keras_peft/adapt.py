@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import keras
 
 from keras_peft import adapted_model
+from keras_peft import adapter_state
 from keras_peft import layer_tree
-from keras_peft.adapted_model import NamedAdapter
+from keras_peft.adapter_state import NamedAdapter
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.method import Method
@@ -105,7 +106,7 @@ def _check_arguments(model, method, name):
             "or `build()` it, before adapting it. "
             f"Received: {type(model).__name__} with built={model.built}"
         )
-    if adapted_model.is_adapted(model):
+    if adapter_state.is_adapted(model):
         if name in model.peft.adapters:
             raise ValueError(
                 "The model has an adapter of that name already. Choose "
@@ -114,7 +115,7 @@ def _check_arguments(model, method, name):
             )
         return
     for path, layer in layer_tree.walk(model):
-        if adapted_model.is_adapted(layer) or layer_tree.is_adapted(layer):
+        if adapter_state.is_adapted(layer) or layer_tree.is_adapted(layer):
             raise ValueError(
                 f"Layer `{path}` of the model is adapted already. Adapt and "
                 "merge the model as a whole, or that layer alone. "
@@ -123,7 +124,7 @@ def _check_arguments(model, method, name):
 
 
 def _head_of(model, head):
-    if adapted_model.is_adapted(model):
+    if adapter_state.is_adapted(model):
         if head is not None:
             raise ValueError(
                 "The head of a model is chosen with its first adapter. "
@@ -220,8 +221,8 @@ def set_adapter(
     if not isinstance(names, Mapping):
         names = dict.fromkeys(names or (), 1.0)
     for name in names:
-        adapted_model.named(model, name)
-    adapted_model.state_of(model)
+        adapter_state.named(model, name)
+    adapter_state.state_of(model)
     adapted_model.activate(model, names)
 
 
@@ -232,7 +233,7 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
     >>> with keras_peft.disabled(model):
     ...     base_outputs = model.predict(x)
     """
-    active = dict(adapted_model.state_of(model).active)
+    active = dict(adapter_state.state_of(model).active)
     adapted_model.quiet(model)
     try:
         yield model
@@ -249,10 +250,10 @@ def remove(model: keras.Model, name: str | None = None) -> keras.Model:
     Raises:
         ValueError: if the model has no such adapter.
     """
-    state = adapted_model.state_of(model)
+    state = adapter_state.state_of(model)
     names = list(state.adapters) if name is None else [name]
     for each in names:
-        adapted_model.named(model, each)
+        adapter_state.named(model, each)
     active = {n: s for n, s in state.active.items() if n not in names}
     adapted_model.activate(model, active)
     for each in names:

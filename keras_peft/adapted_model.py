@@ -1,42 +1,16 @@
-"""What a model keeps while it is adapted, and how it is saved then."""
-
-import dataclasses
+"""A model while it is adapted: how it changes, and how it is saved."""
 
 import keras
 
 from keras_peft import layer_tree
-from keras_peft.methods.method import Method
-
-
-@dataclasses.dataclass
-class NamedAdapter:
-    """One adapter of a model: a method, and the layers that carry it."""
-
-    method: Method
-    paths: list[str]
-    trainable: bool = True
-
-
-class AdapterState:
-    """The adapters of a model, and what is needed to take them off again.
-
-    Attributes:
-        adapters: `{name: NamedAdapter}`, in the order they were added.
-        active: `{name: strength}` of those that take part.
-        head: Paths of the layers outside the base, which train in full.
-        heads: `{name: [array, ...]}`, the head's values per adapter. The live
-            values belong to `head_of`; `None` stands for the base's own.
-    """
-
-    def __init__(self, head):
-        self.adapters = {}
-        self.active = {}
-        self.head = list(head)
-        self.heads = {}
-        self.head_of = None
-        self.thawed = []
-        self.head_thawed = []
-        self.batch_norms = []
+from keras_peft.adapter_state import AdapterState
+from keras_peft.adapter_state import NamedAdapter
+from keras_peft.adapter_state import head_variables
+from keras_peft.adapter_state import is_adapted
+from keras_peft.adapter_state import leaves
+from keras_peft.adapter_state import named
+from keras_peft.adapter_state import read
+from keras_peft.adapter_state import state_of
 
 
 class AdaptedModel:
@@ -119,97 +93,6 @@ def _not_while_adapted(done, model):
     )
 
 
-def is_adapted(model):
-    """Whether `model` itself was adapted."""
-    return isinstance(model, AdaptedModel)
-
-
-def state_of(model):
-    """The `AdapterState` of `model`; raises if it has none."""
-    if is_adapted(model):
-        return model.peft
-    is_layer = isinstance(model, keras.Layer)
-    for path, layer in layer_tree.walk(model) if is_layer else ():
-        if is_adapted(layer):
-            raise ValueError(
-                f"`{model.name}` was not adapted itself: its layer `{path}` "
-                f"was. Pass that layer. Received: model={model.name!r}"
-            )
-        if layer_tree.is_adapted(layer):
-            raise ValueError(
-                f"`{model.name}` was not adapted as a whole: its layer "
-                f"`{path}` was wrapped by hand, and stays so. Use "
-                "`keras_peft.adapt` instead of `keras_peft.layers` to merge, "
-                f"switch or save adapters. Received: model={model.name!r}"
-            )
-    raise ValueError(
-        f"`{getattr(model, 'name', model)}` has no adapters. Add one with "
-        "`keras_peft.adapt(model, keras_peft.LoRA(rank=8))`. "
-        f"Received: {type(model).__name__}"
-    )
-
-
-def named(model, name):
-    """The `NamedAdapter` called `name`; raises if there is none."""
-    adapters = state_of(model).adapters
-    if name not in adapters:
-        raise ValueError(
-            f"The model has no adapter of that name. Its adapters: "
-            f"{', '.join(map(repr, adapters))}. Received: name={name!r}"
-        )
-    return adapters[name]
-
-
-def leaves(model, name):
-    """`{path: adapter}` of the adapter called `name`."""
-    paths = named(model, name).paths
-    layers = dict(layer_tree.walk(model))
-    return {path: layers[path].adapters[name] for path in paths}
-
-
-def head_variables(model):
-    """`{"path/0.kernel": variable}` of the head, its state included."""
-    layers = dict(layer_tree.walk(model))
-    return variables_below(layers, state_of(model).head)
-
-
-def variables_below(layers, paths):
-    """The same for any paths, without the states of random generators."""
-    return {
-        f"{path}/{index}.{variable.name}": variable
-        for path in paths
-        for index, variable in enumerate(layers[path].variables)
-        if not _is_generator(variable)
-    }
-
-
-def own_variables(layer):
-    """What a layer holds itself, without the states of random generators."""
-    variables = layer._trainable_variables + layer._non_trainable_variables
-    return [v for v in variables if not _is_generator(v)]
-
-
-def _is_generator(variable):
-    return "seed_generator" in variable.path
-
-
-def head_values(model, name):
-    """`{key: array}` of the head that belongs to the adapter `name`."""
-    state, variables = model.peft, head_variables(model)
-    if state.head_of == name:
-        return dict(zip(variables, _read(variables), strict=True))
-    return dict(zip(variables, state.heads[name], strict=True))
-
-
-def set_head_values(model, name, values):
-    """Gives the adapter `name` its head; live only while it is active."""
-    variables = head_variables(model)
-    model.peft.heads[name] = [values[key] for key in variables]
-    if model.peft.head_of == name:
-        for key, variable in variables.items():
-            variable.assign(values[key])
-
-
 # -- Putting adapters in and out ---------------------------------------------
 
 
@@ -246,7 +129,7 @@ def _become_adapted(model, head):
         if is_norm and not in_head and layer.trainable:
             state.batch_norms.append(layer)
     _freeze(state)
-    state.heads[None] = _read(head_variables(model))
+    state.heads[None] = read(head_variables(model))
 
 
 def _mix_in(model, state):
@@ -319,10 +202,6 @@ def _become_plain(model):
     layer_tree.forget_compiled(model)
 
 
-def _read(variables):
-    return [keras.ops.convert_to_numpy(v) for v in variables.values()]
-
-
 def activate(model, strengths):
     """Makes exactly the adapters of `strengths` take part.
 
@@ -360,7 +239,7 @@ def _swap_head(model, name):
     state, variables = model.peft, head_variables(model)
     if name == state.head_of:
         return
-    state.heads[state.head_of] = _read(variables)
+    state.heads[state.head_of] = read(variables)
     for variable, value in zip(
         variables.values(), state.heads[name], strict=True
     ):

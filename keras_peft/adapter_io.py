@@ -16,10 +16,11 @@ import safetensors
 import safetensors.numpy
 
 from keras_peft import adapted_model
+from keras_peft import adapter_state
 from keras_peft import layer_tree
 from keras_peft import methods
 from keras_peft.adapt import check_layers
-from keras_peft.adapted_model import NamedAdapter
+from keras_peft.adapter_state import NamedAdapter
 from keras_peft.files import existing_folder
 from keras_peft.files import whole_folder
 from keras_peft.fingerprint import compare
@@ -49,14 +50,14 @@ def save_adapter(
     Raises:
         ValueError: if the model has no such adapter.
     """
-    adapted_model.named(model, name)
+    adapter_state.named(model, name)
     with whole_folder(folder) as staging:
         write_adapter(model, staging, name)
 
 
 def write_adapter(model: keras.Model, folder: Path, name: str) -> None:
     """Writes the two files of an adapter into an existing folder."""
-    adapter = adapted_model.named(model, name)
+    adapter = adapter_state.named(model, name)
     tensors = _tensors(model, name)
     (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors))
     layers = dict(layer_tree.walk(model))
@@ -93,10 +94,10 @@ def _tensors(model, name):
     convert = keras.ops.convert_to_numpy
     tensors = {
         f"{path}.{key}": convert(variable)
-        for path, leaf in adapted_model.leaves(model, name).items()
+        for path, leaf in adapter_state.leaves(model, name).items()
         for key, variable in leaf.parameters.items()
     }
-    for key, value in adapted_model.head_values(model, name).items():
+    for key, value in adapter_state.head_values(model, name).items():
         tensors[f"head:{key}"] = np.ascontiguousarray(value)
     return tensors
 
@@ -139,7 +140,7 @@ def load_adapter(
     _check_model(model, folder, settings, name, method)
     expected = _expected(model, method, paths, head)
     _check_tensors(folder, tensors, expected)
-    if not (adapted_model.is_adapted(model) and name in model.peft.adapters):
+    if not (adapter_state.is_adapted(model) and name in model.peft.adapters):
         adapter = NamedAdapter(method, paths)
         adapted_model.install(model, name, adapter, head)
     model.peft.adapters[name].trainable = trainable
@@ -149,7 +150,7 @@ def load_adapter(
 
 
 def _assign(model, name, tensors):
-    for path, leaf in adapted_model.leaves(model, name).items():
+    for path, leaf in adapter_state.leaves(model, name).items():
         for key, variable in leaf.parameters.items():
             variable.assign(tensors[f"{path}.{key}"])
     head = {
@@ -157,7 +158,7 @@ def _assign(model, name, tensors):
         for key, value in tensors.items()
         if key.startswith("head:")
     }
-    adapted_model.set_head_values(model, name, head)
+    adapter_state.set_head_values(model, name, head)
 
 
 # -- Reading and checking ----------------------------------------------------
@@ -240,7 +241,7 @@ def _check_model(model, folder, settings, name, method):
     wrong += compare(model, settings["base"], settings["head"])
     if wrong:
         raise ValueError(_mismatch(folder, wrong))
-    if not adapted_model.is_adapted(model):
+    if not adapter_state.is_adapted(model):
         paths = settings["layers"]
         check_layers({path: layers[path] for path in paths}, method)
     elif settings["head"] != model.peft.head:
@@ -285,7 +286,7 @@ def _expected(model, method, paths, head):
         shapes = method.shapes(path, kernel_of(layers[path]))
         for key, shape in shapes.items():
             expected[f"{path}.{key}"] = tuple(shape)
-    for key, variable in adapted_model.variables_below(layers, head).items():
+    for key, variable in adapter_state.variables_below(layers, head).items():
         expected[f"head:{key}"] = tuple(variable.shape)
     return expected
 

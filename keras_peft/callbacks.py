@@ -7,8 +7,9 @@ from pathlib import Path
 import keras
 import safetensors.numpy
 
-from keras_peft import adapted_model
 from keras_peft import adapter_io
+from keras_peft import adapter_state
+from keras_peft import layer_tree
 from keras_peft.files import existing_folder
 from keras_peft.files import whole_folder
 
@@ -64,7 +65,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self.interrupted = {}
 
     def on_train_begin(self, logs=None):
-        adapted_model.named(self.model, self.name)
+        adapter_state.named(self.model, self.name)
         folder = existing_folder(self.folder)
         if (folder / _PROGRESS).is_file():
             self._resume(folder)
@@ -108,7 +109,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
     def _state(self):
         """What training changes beside the adapter and its head."""
         model = self.model
-        generators = [v for v in model.variables if "seed_gen" in v.path]
+        generators = filter(layer_tree.is_generator, model.variables)
         groups = {
             "optimizer": model.optimizer.variables,
             "generator": generators,
@@ -139,7 +140,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self.interrupted = values
         progress = json.loads((folder / _PROGRESS).read_text())
         self.seed, self.skip = progress["seed"], progress["batch"]
-        model._initial_epoch = progress["epoch"]
+        layer_tree.start_at_epoch(model, progress["epoch"])
 
     def _assign(self, values):
         for key, variable in self._state().items():

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from keras_peft import adapted_model
 from keras_peft import layer_tree
 
 # Evenly spaced numbers of each weight: another checkpoint differs in most.
@@ -75,7 +74,7 @@ def _base_variables(model, head):
     found = {}
     for path, layer in layer_tree.walk(model):
         if not (path + ".").startswith(heads):
-            for variable in adapted_model.own_variables(layer):
+            for variable in layer_tree.own_variables(layer):
                 found[f"{path}.{variable.name}"] = variable
     return found
 

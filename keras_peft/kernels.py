@@ -21,7 +21,7 @@ class DenseKernel:
 
     @property
     def variable(self):
-        return self.layer._kernel
+        return self.layer.kernel
 
     @property
     def bias(self):
@@ -90,7 +90,7 @@ class EinsumKernel(DenseKernel):
         self.layer = layer
         left, self.out = layer.equation.replace(" ", "").split("->")
         self.into, weight = left.split(",")
-        sizes = dict(zip(weight, layer._kernel.shape, strict=True))
+        sizes = dict(zip(weight, layer.kernel.shape, strict=True))
         self.contracted = [c for c in weight if c not in self.out]
         self.free = [c for c in weight if c not in self.into]
         if sorted(self.contracted + self.free) != sorted(weight):
@@ -151,7 +151,7 @@ class ConvKernel(DenseKernel):
 
     def __init__(self, layer):
         self.layer = layer
-        *self.taps, self.outputs = layer._kernel.shape
+        *self.taps, self.outputs = layer.kernel.shape
         self.inputs = math.prod(self.taps)
         self.channels_last = layer.data_format == "channels_last"
 
@@ -162,7 +162,10 @@ class ConvKernel(DenseKernel):
             a = ops.concatenate([a] * groups, axis=-1)
         padding = layer.padding
         if padding == "causal":
-            inputs = ops.pad(inputs, layer._compute_causal_padding())
+            past = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+            steps = 1 if self.channels_last else 2
+            pad = [(past, 0) if axis == steps else (0, 0) for axis in range(3)]
+            inputs = ops.pad(inputs, pad)
             padding = "valid"
         hidden = ops.conv(
             inputs,
@@ -218,10 +221,6 @@ class DepthwiseKernel(ConvKernel):
         self.inputs = math.prod(self.taps)
         self.outputs = channels * multiplier
 
-    @property
-    def variable(self):
-        return self.layer.kernel
-
     def low_rank(self, inputs, a, b, scale):
         layer = self.layer
         return ops.depthwise_conv(
@@ -239,7 +238,7 @@ class EmbeddingKernel(DenseKernel):
 
     @property
     def variable(self):
-        return self.layer._embeddings
+        return self.layer.embeddings
 
     @property
     def bias(self):

@@ -111,6 +111,17 @@ def _stable_name(layer, counts):
     return f"{kind}_{count}" if count else kind
 
 
+def own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """What a layer holds itself, without the states of random generators."""
+    variables = layer._trainable_variables + layer._non_trainable_variables
+    return [v for v in variables if not is_generator(v)]
+
+
+def is_generator(variable: keras.Variable) -> bool:
+    """Whether a variable is the state of a random generator."""
+    return "seed_generator" in variable.path
+
+
 # -- Adapted layers ----------------------------------------------------------
 
 # What a layer does after its kernel. It is taken off the layer while that is
@@ -309,7 +320,12 @@ def plain(model: keras.Layer) -> Iterator[None]:
                 _set_after_kernel(layer, dict.fromkeys(layer.after_kernel))
 
 
-# -- Compiled functions ------------------------------------------------------
+# -- Training ----------------------------------------------------------------
+
+
+def start_at_epoch(model: keras.Model, epoch: int) -> None:
+    """Lets a `fit` that has begun go on with another epoch."""
+    model._initial_epoch = epoch
 
 
 def forget_compiled(model: keras.Layer) -> None:

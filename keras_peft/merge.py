@@ -8,8 +8,9 @@ import keras
 import numpy as np
 
 from keras_peft import adapted_model
+from keras_peft import adapter_state
 from keras_peft import layer_tree
-from keras_peft.adapted_model import AdapterState
+from keras_peft.adapter_state import AdapterState
 from keras_peft.kernels import kernel_of
 
 
@@ -64,12 +65,12 @@ def merge(model: keras.Model) -> MergeReport:
         ValueError: if the model has no active adapter, or a merged kernel
             would not be finite. The model is then as it was.
     """
-    if model in _MERGED and not adapted_model.is_adapted(model):
+    if model in _MERGED and not adapter_state.is_adapted(model):
         raise ValueError(
             "The model is merged already. `keras_peft.unmerge(model)` takes "
             f"the adapters out again. Received: model={model.name!r}"
         )
-    state = adapted_model.state_of(model)
+    state = adapter_state.state_of(model)
     if not state.active:
         raise ValueError(
             "No adapter is active, so there is nothing to merge. Choose with "

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import keras
 
-from keras_peft import adapted_model
+from keras_peft import adapter_state
 
 
 def summary(
@@ -26,7 +26,7 @@ def summary(
     from rich.console import Console
     from rich.table import Table
 
-    state = adapted_model.state_of(model)
+    state = adapter_state.state_of(model)
     table = Table(title=f"Adapters of {model.name!r}")
     table.add_column("Layer", no_wrap=True)
     table.add_column("Adapter")
@@ -35,10 +35,10 @@ def summary(
     for name, adapter in state.adapters.items():
         mark = "*" if name in state.active else ""
         label = f"{name}{mark} {type(adapter.method).__name__}"
-        for path, leaf in adapted_model.leaves(model, name).items():
+        for path, leaf in adapter_state.leaves(model, name).items():
             rank = str(getattr(leaf, "rank", "-"))
             table.add_row(path, label, rank, *_sizes(leaf.parameters.values()))
-    head = list(adapted_model.head_variables(model).values())
+    head = list(adapter_state.head_variables(model).values())
     if head:
         table.add_row(", ".join(state.head), "head", "-", *_sizes(head))
     # As wide as its longest path: a path cut short names no layer.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import keras
 
-from keras_peft import adapted_model
+from keras_peft import adapter_state
 from keras_peft import layer_tree
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
@@ -144,7 +144,11 @@ def no_match(candidates, unmatched, targets, argument="targets"):
 
 def _attends(path, layer):
     name = type(layer).__name__.lower()
-    return "attention" in name and "norm" not in name and bool(layer._layers)
+    return (
+        "attention" in name
+        and "norm" not in name
+        and any(layer_tree.children(layer))
+    )
 
 
 def _fits(layer):
@@ -174,5 +178,5 @@ def find_head(model: keras.Layer) -> list[str]:
         path
         for path, layer in children
         if id(layer) not in inside
-        and adapted_model.variables_below({path: layer}, [path])
+        and adapter_state.variables_below({path: layer}, [path])
     ]

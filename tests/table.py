@@ -249,10 +249,10 @@ def _sliced(value):
 
 def randomize(model, name="default", scale=0.5):
     """Gives an adapter weights that move the outputs."""
-    from keras_peft import adapted_model
+    from keras_peft import adapter_state
 
     rng = np.random.default_rng(1)
-    for leaf in adapted_model.leaves(model, name).values():
+    for leaf in adapter_state.leaves(model, name).values():
         for variable in leaf.learned:
             noise = rng.normal(scale=scale, size=variable.shape)
             value = keras.ops.convert_to_numpy(variable)

@@ -12,7 +12,7 @@ from models import values
 from table import randomize
 
 import keras_peft
-from keras_peft import adapted_model
+from keras_peft import adapter_state
 from keras_peft.methods.lora import LoRAAdapter
 from keras_peft.targets import Candidates
 from keras_peft.targets import find_head
@@ -27,7 +27,7 @@ def two_adapters():
     for name, rank, scale in (("a", 2, 0.3), ("b", 4, 0.6)):
         keras_peft.adapt(model, keras_peft.LoRA(rank), name=name)
         randomize(model, name, scale)
-        for variable in adapted_model.head_variables(model).values():
+        for variable in adapter_state.head_variables(model).values():
             variable.assign(variable + rank)
     return model
 
@@ -50,7 +50,7 @@ def test_the_newest_adapter_is_active_and_trains_alone():
     assert list(model.peft.active) == ["b"]
     learned = [
         variable
-        for leaf in adapted_model.leaves(model, "a").values()
+        for leaf in adapter_state.leaves(model, "a").values()
         for variable in leaf.variables
     ]
     before = values(learned)
@@ -63,7 +63,7 @@ def test_several_adapters_add_up_their_changes_of_the_kernel():
     for name in ("a", "b"):
         keras_peft.adapt(model, keras_peft.LoRA(2), ["out"], name)
         randomize(model, name)
-    leaves = [adapted_model.leaves(model, name)["out"] for name in ("a", "b")]
+    leaves = [adapter_state.leaves(model, name)["out"] for name in ("a", "b")]
     keras_peft.set_adapter(model, {"a": 2.0, "b": -1.0})
     base = leaves[0].kernel.read()
     a, b = (
@@ -95,7 +95,7 @@ def test_removing_one_adapter_leaves_the_other():
     assert np.array_equal(outputs(model, NAME), expected)
     keras_peft.remove(model, "b")
     assert np.array_equal(outputs(model, NAME), outputs(build(NAME), NAME))
-    assert not adapted_model.is_adapted(model)
+    assert not adapter_state.is_adapted(model)
 
 
 def test_disabled_is_the_base_and_ends_even_after_an_error():
@@ -226,7 +226,7 @@ def test_patterns_set_ranks_and_alphas_by_layer():
         alpha_pattern={"_feedforward_output_dense": 6},
     )
     keras_peft.adapt(model, method, ["attention", "mlp"])
-    for path, leaf in adapted_model.leaves(model, "default").items():
+    for path, leaf in adapter_state.leaves(model, "default").items():
         rank = 4 if "query" in path else 3 if "layers.1" in path else 2
         alpha = 6 if path.endswith("_feedforward_output_dense") else rank
         assert (leaf.rank, leaf.scale) == (rank, alpha / rank)

@@ -215,7 +215,7 @@ def test_merge_with_nothing_active():
 
 def test_merge_of_not_a_number_changes_no_layer():
     model = adapted()
-    leaves = list(keras_peft.adapted_model.leaves(model, "default").values())
+    leaves = list(keras_peft.adapter_state.leaves(model, "default").values())
     leaves[-1].lora_kernel_b.assign(leaves[-1].lora_kernel_b * np.nan)
     with refused(model, "would not be finite", "Nothing was merged"):
         keras_peft.merge(model)

@@ -18,7 +18,7 @@ from table import randomize
 from table import rounding
 
 import keras_peft
-from keras_peft import adapted_model
+from keras_peft import adapter_state
 
 ROWS = [
     pytest.param(
@@ -39,10 +39,10 @@ def base_values(model):
     own = {
         id(variable)
         for name in model.peft.adapters
-        for leaf in adapted_model.leaves(model, name).values()
+        for leaf in adapter_state.leaves(model, name).values()
         for variable in leaf.variables
     }
-    own |= {id(v) for v in adapted_model.head_variables(model).values()}
+    own |= {id(v) for v in adapter_state.head_variables(model).values()}
     return values(v for v in model.variables if id(v) not in own)
 
 
@@ -65,7 +65,7 @@ def test_a_fresh_adapter_leaves_the_model_as_it_was(method, name):
 def test_only_adapter_and_head_train_and_all_of_them_do(method, name):
     model = build(name)
     keras_peft.adapt(model, method.make())
-    leaves = adapted_model.leaves(model, "default").values()
+    leaves = adapter_state.leaves(model, "default").values()
     expected = {id(v) for leaf in leaves for v in leaf.learned}
     expected |= {id(v) for v in model.peft.head_thawed}
     assert {id(v) for v in model.trainable_variables} == expected
@@ -212,7 +212,7 @@ def test_half_precision_bases_keep_and_regain_their_bits(dtype, name):
         keras.config.set_dtype_policy("float32")
     before = values(model.variables)
     keras_peft.adapt(model, keras_peft.LoRA(rank=2))
-    for leaf in adapted_model.leaves(model, "default").values():
+    for leaf in adapter_state.leaves(model, "default").values():
         assert {v.dtype for v in leaf.variables} == {"float32"}
     base = base_values(model)
     fit(model, name, epochs=1)

@@ -13,7 +13,7 @@ from models import build
 from models import fit
 
 import keras_peft
-from keras_peft import adapted_model
+from keras_peft import adapter_state
 
 INPUTS, OUTPUTS, TOKENS, RANK = 37, 41, 6, 3
 
@@ -191,7 +191,7 @@ def test_losses_are_those_of_hugging_face_peft(hugging_face, decompose):
     )
     theirs = peft.get_peft_model(theirs, settings)
     modules = dict(theirs.named_modules())
-    for path, leaf in adapted_model.leaves(ours, "default").items():
+    for path, leaf in adapter_state.leaves(ours, "default").items():
         block = path.split(".")[1]
         kind = "query" if "query" in path else "value"
         module = modules[
