@@ -1,4 +1,8 @@
-"""Every error a user can cause: its words, and that nothing was changed."""
+"""Every error a user can cause: its words, and that nothing was changed.
+
+Damaged and hostile adapter folders, full disks and kills have their table in
+`test_adapter_io.py`, arguments of an export theirs in `export/`.
+"""
 
 import contextlib
 import importlib.util
@@ -252,6 +256,39 @@ def test_a_model_with_adapters_is_not_exported(tmp_path):
     with refused(model, "keras_peft.merge(model)"):
         keras_peft.export.to_onnx(model, tmp_path / "app")
     assert not list(tmp_path.iterdir())
+
+
+EXPORTS = {
+    "quantize": (dict(quantize="int3"), "'int8'"),
+    "labels": (dict(labels=["one"]), "one name per class"),
+    "evaluation": (dict(evaluation=(1, 2, 3)), "is a pair"),
+}
+
+
+@pytest.mark.parametrize("arguments, words", EXPORTS.values(), ids=EXPORTS)
+def test_export_arguments(arguments, words, tmp_path):
+    model = build("functional")
+    with refused(model, words):
+        keras_peft.export.to_onnx(model, tmp_path / "app", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_of_a_model_that_was_never_called(tmp_path):
+    model = keras.Sequential([keras.layers.Dense(3)])
+    with refused(model, "Call it on a batch"):
+        keras_peft.export.to_onnx(model, tmp_path / "app")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_export(tmp_path):
+    model = build("functional")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with refused(model, "precious"):
+        keras_peft.export.to_onnx(model, tmp_path / "precious")
+    with refused(model, "manifest.json"):
+        keras_peft.export.verify(tmp_path / "precious", model)
+    assert (tmp_path / "precious" / "thesis.txt").exists()
 
 
 def test_a_missing_extra_is_named():
