@@ -86,14 +86,21 @@ def made_on_tensorflow(model, inputs):
         variables = [v.value for v in model.trainable_variables]
         return tape.gradient(loss, variables)
 
+    # Of what the gradients need: the tape also writes down gradients of the
+    # kernels, which a compiled function drops because nobody asks for them.
     graph = gradients.get_concrete_function(tf.constant(inputs)).graph
+    waiting, needed = [tensor.op for tensor in graph.outputs], {}
+    while waiting:
+        operation = waiting.pop()
+        if operation.name not in needed:
+            needed[operation.name] = operation
+            waiting += [tensor.op for tensor in operation.inputs]
     views = ("ReadVariableOp", "Placeholder", "Transpose", "Reshape", "Cast")
     return [
-        int(np.prod(tensor.shape))
-        for operation in graph.get_operations()
+        tensor.shape.num_elements()
+        for operation in needed.values()
         if operation.type not in views
         for tensor in operation.outputs
-        if tensor.shape.rank is not None
     ]
 
 
