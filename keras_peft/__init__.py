@@ -19,7 +19,7 @@ from keras_peft.callbacks import AdapterCheckpoint
 from keras_peft.merge import MergeReport
 from keras_peft.merge import merge
 from keras_peft.merge import unmerge
-from keras_peft.methods import LoRA
+from keras_peft.methods.lora import LoRA
 from keras_peft.summary import summary
 
 __version__ = "0.1.0"

@@ -18,7 +18,6 @@ import safetensors.numpy
 from keras_peft import adapted_model
 from keras_peft import adapter_state
 from keras_peft import layer_tree
-from keras_peft import methods
 from keras_peft.adapt import check_layers
 from keras_peft.adapter_state import NamedAdapter
 from keras_peft.files import existing_folder
@@ -26,6 +25,7 @@ from keras_peft.files import whole_folder
 from keras_peft.fingerprint import compare
 from keras_peft.fingerprint import fingerprint
 from keras_peft.kernels import kernel_of
+from keras_peft.methods.method import Method
 from keras_peft.patterns import nearest
 
 SETTINGS = "adapter.json"
@@ -193,14 +193,15 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 def _read_method(folder, settings):
     name = settings["method"].get("name")
-    if name not in methods.__all__:
+    known = {method.__name__: method for method in Method.__subclasses__()}
+    if name not in known:
         raise ValueError(
-            f"This version knows the methods {', '.join(methods.__all__)}. A "
-            f"newer keras_peft may know it. Received: method={name!r} in "
+            f"This version knows the methods {', '.join(known)}. A newer "
+            f"keras_peft may know it. Received: method={name!r} in "
             f"{str(folder)!r}"
         )
     try:
-        return getattr(methods, name)(**settings["method"]["settings"])
+        return known[name](**settings["method"]["settings"])
     except (TypeError, KeyError) as error:
         raise ValueError(
             f"The settings of {name} cannot be read: {error}. A newer "

@@ -3,8 +3,8 @@
 import keras
 
 from keras_peft import layer_tree
-from keras_peft import methods
 from keras_peft.kernels import kernel_of
+from keras_peft.methods.lora import LoRA as Settings
 
 
 @keras.saving.register_keras_serializable(package="keras_peft.layers")
@@ -47,9 +47,7 @@ class LoRA(keras.layers.Wrapper):
     ):
         kwargs.setdefault("dtype", layer.dtype_policy)
         super().__init__(layer, **kwargs)
-        self.method = methods.LoRA(
-            rank, alpha, dropout, scaling, init, decompose
-        )
+        self.method = Settings(rank, alpha, dropout, scaling, init, decompose)
 
     def build(self, input_shape=None):
         layer = self.layer

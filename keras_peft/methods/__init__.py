@@ -1,3 +1,0 @@
-from keras_peft.methods.lora import LoRA
-
-__all__ = ["LoRA"]
