@@ -205,6 +205,9 @@ def test_batch_normalization_keeps_its_statistics():
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["functional", "bert-classifier"])
 def test_half_precision_bases_keep_and_regain_their_bits(dtype, name):
+    on_jax = keras.backend.backend() == "jax"
+    if on_jax and (dtype, name) == ("float16", "bert-classifier"):
+        pytest.skip("JAX has no float16 attention on processors")
     keras.config.set_dtype_policy(dtype)
     try:
         model = build(name)
