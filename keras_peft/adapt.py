@@ -14,6 +14,7 @@ from keras_peft.adapter_state import NamedAdapter
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.method import Method
+from keras_peft.patterns import lies_in
 from keras_peft.patterns import path_matches
 from keras_peft.targets import Candidates
 from keras_peft.targets import find_head
@@ -77,7 +78,7 @@ def adapt(
         paths = select(candidates, targets)
     _check_patterns(candidates, method, paths)
     check_layers({path: candidates.layers[path] for path in paths}, method)
-    head = [path for path in head if not set(paths) & _below(path, paths)]
+    head = [h for h in head if not any(lies_in(path, [h]) for path in paths)]
     adapter = NamedAdapter(method, paths)
     adapted_model.install(model, name, adapter, head, initialize=True)
     adapted_model.activate(model, {name: 1.0})
@@ -148,12 +149,6 @@ def _head_of(model, head):
         candidates = Candidates(model, ())
         raise ValueError(no_match(candidates, missing, named, "head"))
     return sorted({path for paths in found.values() for path in paths})
-
-
-def _below(head, paths):
-    return {
-        path for path in paths if path == head or path.startswith(head + ".")
-    }
 
 
 def _check_patterns(candidates, method, paths):

@@ -11,6 +11,7 @@ from keras_peft.adapter_state import leaves
 from keras_peft.adapter_state import named
 from keras_peft.adapter_state import read
 from keras_peft.adapter_state import state_of
+from keras_peft.patterns import lies_in
 
 
 class AdaptedModel:
@@ -125,8 +126,7 @@ def _become_adapted(model, head):
         own.append(variable)
     for path, layer in layer_tree.walk(model):
         is_norm = isinstance(layer, keras.layers.BatchNormalization)
-        in_head = any(path == h or path.startswith(h + ".") for h in head)
-        if is_norm and not in_head and layer.trainable:
+        if is_norm and not lies_in(path, head) and layer.trainable:
             state.batch_norms.append(layer)
     _freeze(state)
     state.heads[None] = read(head_variables(model))

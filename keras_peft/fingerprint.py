@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_peft import layer_tree
+from keras_peft.patterns import lies_in
 
 # Evenly spaced numbers of each weight: another checkpoint differs in most.
 _SAMPLES = 4
@@ -70,10 +71,9 @@ def _epsilon(dtype):
 def _base_variables(model, head):
     if head is None:
         head = model.peft.head
-    heads = tuple(path + "." for path in head)
     found = {}
     for path, layer in layer_tree.walk(model):
-        if not (path + ".").startswith(heads):
+        if not lies_in(path, head):
             for variable in layer_tree.own_variables(layer):
                 found[f"{path}.{variable.name}"] = variable
     return found

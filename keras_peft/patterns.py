@@ -24,6 +24,11 @@ def path_matches(pattern: str, path: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
 
 
+def lies_in(path: str, holders: Iterable[str]) -> bool:
+    """Whether `path` is one of `holders`, or lies below one."""
+    return any(path == h or path.startswith(h + ".") for h in holders)
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """`" Did you mean 'query'?"`, or nothing where no word is near."""
     near = difflib.get_close_matches(word, set(words), n=3, cutoff=0.6)

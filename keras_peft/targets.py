@@ -10,6 +10,7 @@ from keras_peft import layer_tree
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.patterns import check_pattern
+from keras_peft.patterns import lies_in
 from keras_peft.patterns import nearest
 from keras_peft.patterns import path_matches
 
@@ -50,7 +51,8 @@ class Candidates:
         return [
             path
             for path, layer in self.with_kernel.items()
-            if self._in_group(name, path, layer) and not self._in_head(path)
+            if self._in_group(name, path, layer)
+            and not lies_in(path, self.head)
         ]
 
     def _in_group(self, name, path, layer):
@@ -66,9 +68,6 @@ class Candidates:
         if name == "mlp":
             return path.startswith(self.blocks) and not attends
         return True
-
-    def _in_head(self, path):
-        return any(path == h or path.startswith(h + ".") for h in self.head)
 
     def matching(self, target: str) -> list[str]:
         """Paths of the layers that one target names."""
