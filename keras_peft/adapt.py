@@ -11,8 +11,6 @@ from keras_peft import adapted_model
 from keras_peft import adapter_state
 from keras_peft import layer_tree
 from keras_peft.adapter_state import NamedAdapter
-from keras_peft.kernels import has_kernel
-from keras_peft.kernels import kernel_of
 from keras_peft.methods.method import Method
 from keras_peft.patterns import lies_in
 from keras_peft.patterns import path_matches
@@ -69,15 +67,16 @@ def adapt(
     """
     _check_arguments(model, method, name)
     head = _head_of(model, head)
-    candidates = Candidates(model, head)
+    candidates = Candidates(model, head, method.accepts)
     if targets is None:
-        paths = candidates.default()
+        paths = method.default_targets(candidates)
         if not paths:
             raise ValueError(no_match(candidates, [], targets))
     else:
         paths = select(candidates, targets)
     _check_patterns(candidates, method, paths)
-    check_layers({path: candidates.layers[path] for path in paths}, method)
+    layers = layer_tree.layers_by_path(model)
+    check_layers({path: layers[path] for path in paths}, method)
     head = [h for h in head if not any(lies_in(path, [h]) for path in paths)]
     adapter = NamedAdapter(method, paths)
     adapted_model.install(model, name, adapter, head, initialize=True)
@@ -152,15 +151,14 @@ def _head_of(model, head):
 
 
 def _check_patterns(candidates, method, paths):
-    patterns = getattr(method, "patterns", ())
     unmatched = [
         pattern
-        for pattern in patterns
+        for pattern in method.patterns
         if not any(path_matches(pattern, path) for path in paths)
     ]
     if unmatched:
         raise ValueError(
-            no_match(candidates, unmatched, list(patterns), "patterns")
+            no_match(candidates, unmatched, list(method.patterns), "patterns")
         )
 
 
@@ -168,9 +166,7 @@ def check_layers(layers: Mapping[str, keras.Layer], method: Method) -> None:
     """Raises a `ValueError` that names every layer the method cannot take."""
     objections = []
     for path, layer in layers.items():
-        objection = _objection(layer) or method.objection(
-            path, kernel_of(layer)
-        )
+        objection = _objection(layer, method) or method.objection(path, layer)
         if objection:
             objections.append(f"`{path}`: {objection}")
     if objections:
@@ -181,9 +177,10 @@ def check_layers(layers: Mapping[str, keras.Layer], method: Method) -> None:
         )
 
 
-def _objection(layer):
-    if not has_kernel(layer):
-        return f"a {type(layer).__name__} has no kernel that can be adapted"
+def _objection(layer, method):
+    if not method.accepts(layer):
+        kind = layer_tree.base_class(layer).__name__
+        return f"a {kind} cannot carry {type(method).__name__}"
     if getattr(layer, "quantization_mode", None):
         return (
             f"its kernel is quantized ({layer.quantization_mode}); adapt the "

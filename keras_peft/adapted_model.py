@@ -102,15 +102,14 @@ def install(model, name, adapter, head, initialize=False):
 
     All that can fail is done before the first layer is touched.
     """
-    layers = dict(layer_tree.walk(model))
-    created = []
-    for path in adapter.paths:
-        leaf = adapter.method.create(path, layers[path], name)
+    layers = layer_tree.layers_by_path(model)
+    adapted = {path: layers[path] for path in adapter.paths}
+    created = adapter.method.create_all(adapted, name)
+    for leaf in created.values():
         leaf.start() if initialize else leaf.read_base()
-        created.append(leaf)
     if not is_adapted(model):
         _become_adapted(model, head)
-    for path, leaf in zip(adapter.paths, created, strict=True):
+    for path, leaf in created.items():
         layer_tree.attach(layers[path], name, leaf)
     state = model.peft
     state.adapters[name] = adapter
@@ -151,7 +150,7 @@ def _freeze(state):
 def uninstall(model, name):
     """Takes one adapter off; with the last one the model is plain again."""
     state = state_of(model)
-    layers = dict(layer_tree.walk(model))
+    layers = layer_tree.layers_by_path(model)
     taken = {
         path: layer_tree.detach(layers[path], name)
         for path in named(model, name).paths
@@ -170,7 +169,7 @@ def strip(model):
     Returns `{name: {path: adapter}}` for `reinstall`; the state that belongs
     to them stays whole.
     """
-    layers = dict(layer_tree.walk(model))
+    layers = layer_tree.layers_by_path(model)
     taken = {
         name: {p: layer_tree.detach(layers[p], name) for p in adapter.paths}
         for name, adapter in model.peft.adapters.items()
@@ -181,7 +180,7 @@ def strip(model):
 
 def reinstall(model, state, adapters):
     """Undoes `strip`."""
-    layers = dict(layer_tree.walk(model))
+    layers = layer_tree.layers_by_path(model)
     _mix_in(model, state)
     for name, leaves_of in adapters.items():
         for path, leaf in leaves_of.items():
@@ -197,7 +196,7 @@ def _become_plain(model):
         layer.trainable = True
     for variable in state.thawed + state.head_thawed:
         variable.trainable = True
-    layer_tree.mix_out(model)
+    layer_tree.mix_out(model, AdaptedModel)
     object.__delattr__(model, "peft")
     layer_tree.forget_compiled(model)
 
@@ -206,13 +205,14 @@ def activate(model, strengths):
     """Makes exactly the adapters of `strengths` take part.
 
     Strengths are variables and the head's values are assigned: compiled
-    functions stay valid unless the set of trainable variables changes.
+    functions stay valid unless the set of trainable variables changes, or
+    an adapter that changes the program comes or goes.
     """
     state = state_of(model)
     before = [id(v) for v in model.trainable_variables]
+    restructured = _set_strengths(model, strengths)
     for name, adapter in state.adapters.items():
         for leaf in leaves(model, name).values():
-            leaf.strength.assign(strengths.get(name, 0.0))
             for variable in leaf.learned:
                 variable.trainable = adapter.trainable and name in strengths
     _swap_head(model, next(iter(strengths), None))
@@ -220,19 +220,31 @@ def activate(model, strengths):
     for variable in state.head_thawed:
         variable.trainable = trains
     state.active = dict(strengths)
-    if before != [id(v) for v in model.trainable_variables]:
-        layer_tree.forget_compiled(model)
+    retrained = before != [id(v) for v in model.trainable_variables]
+    if restructured or retrained:
+        layer_tree.forget_compiled(model, optimizer=retrained)
 
 
 def quiet(model):
     """Gives every adapter strength 0 and the head its base values.
 
-    What trains stays as it is, and so do compiled functions.
+    What trains stays as it is.
     """
+    if _set_strengths(model, {}):
+        layer_tree.forget_compiled(model, optimizer=False)
+    _swap_head(model, None)
+
+
+def _set_strengths(model, strengths):
+    """Returns whether the program of a forward pass is another than before."""
+    restructured = False
     for name in model.peft.adapters:
         for leaf in leaves(model, name).values():
-            leaf.strength.assign(0.0)
-    _swap_head(model, None)
+            leaf.strength.assign(strengths.get(name, 0.0))
+            present = name in strengths
+            restructured |= leaf.structural and leaf.present != present
+            leaf.present = present
+    return restructured
 
 
 def _swap_head(model, name):

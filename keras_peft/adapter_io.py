@@ -24,6 +24,7 @@ from keras_peft.files import existing_folder
 from keras_peft.files import whole_folder
 from keras_peft.fingerprint import compare
 from keras_peft.fingerprint import fingerprint
+from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.method import Method
 from keras_peft.patterns import nearest
@@ -60,7 +61,7 @@ def write_adapter(model: keras.Model, folder: Path, name: str) -> None:
     adapter = adapter_state.named(model, name)
     tensors = _tensors(model, name)
     (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors))
-    layers = dict(layer_tree.walk(model))
+    layers = layer_tree.layers_by_path(model)
     settings = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -83,10 +84,10 @@ def write_adapter(model: keras.Model, folder: Path, name: str) -> None:
 
 
 def _kind(layer):
-    kernel = kernel_of(layer)
+    kernel = kernel_of(layer).variable.shape if has_kernel(layer) else None
     return {
         "layer": layer_tree.base_class(layer).__name__,
-        "kernel": list(kernel.variable.shape),
+        "kernel": None if kernel is None else list(kernel),
     }
 
 
@@ -227,15 +228,13 @@ def _read_tensors(folder, settings):
 
 
 def _check_model(model, folder, settings, name, method):
-    layers = dict(layer_tree.walk(model))
+    layers = layer_tree.layers_by_path(model)
     wrong = []
     for path, kind in settings["layers"].items():
         if path not in layers:
             wrong.append(f"no layer `{path}`{nearest(path, layers)}")
-        elif not layers[path].built or _kind_or_none(layers[path]) != kind:
-            wrong.append(
-                f"`{path}` is {_kind_or_none(layers[path])}, not {kind}"
-            )
+        elif not layers[path].built or _kind(layers[path]) != kind:
+            wrong.append(f"`{path}` is {_kind(layers[path])}, not {kind}")
     wrong += [f"no layer `{p}`" for p in settings["head"] if p not in layers]
     if wrong:
         raise ValueError(_mismatch(folder, wrong))
@@ -262,13 +261,6 @@ def _check_model(model, folder, settings, name, method):
         raise ValueError(_mismatch(folder, wrong))
 
 
-def _kind_or_none(layer):
-    try:
-        return _kind(layer)
-    except (TypeError, AttributeError):
-        return layer_tree.base_class(layer).__name__
-
-
 def _mismatch(folder, wrong):
     shown = "; ".join(wrong[:8])
     more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
@@ -281,12 +273,13 @@ def _mismatch(folder, wrong):
 
 def _expected(model, method, paths, head):
     """`{key: shape}` of the tensors that the adapter and its head need."""
-    layers = dict(layer_tree.walk(model))
-    expected = {}
-    for path in paths:
-        shapes = method.shapes(path, kernel_of(layers[path]))
-        for key, shape in shapes.items():
-            expected[f"{path}.{key}"] = tuple(shape)
+    layers = layer_tree.layers_by_path(model)
+    shapes_by_path = method.all_shapes({path: layers[path] for path in paths})
+    expected = {
+        f"{path}.{key}": tuple(shape)
+        for path, shapes in shapes_by_path.items()
+        for key, shape in shapes.items()
+    }
     for key, variable in adapter_state.variables_below(layers, head).items():
         expected[f"head:{key}"] = tuple(variable.shape)
     return expected

@@ -83,7 +83,7 @@ def named(model, name):
 def leaves(model, name):
     """`{path: adapter}` of the adapter called `name`."""
     paths = named(model, name).paths
-    layers = dict(layer_tree.walk(model))
+    layers = layer_tree.layers_by_path(model)
     return {path: layers[path].adapters[name] for path in paths}
 
 

@@ -36,6 +36,11 @@ class DenseKernel:
         kernel = ops.cast(self.variable, "float32")
         return self.to_matrix(ops.convert_to_numpy(kernel))
 
+    def read_bias(self):
+        """The bias as a float32 NumPy array of shape `(outputs,)`."""
+        bias = ops.cast(self.bias, "float32")
+        return ops.convert_to_numpy(bias).reshape(self.outputs)
+
     def to_matrix(self, kernel):
         """The same of a NumPy array in the kernel's own shape."""
         return kernel.reshape(self.inputs, self.outputs)
@@ -271,8 +276,14 @@ _KERNELS = (
 
 
 def has_kernel(layer):
-    """Whether `layer` is of a kind whose kernel can be adapted."""
-    return isinstance(layer, tuple(kind for kind, _ in _KERNELS))
+    """Whether a built layer has a kernel that is one matrix."""
+    if not isinstance(layer, tuple(kind for kind, _ in _KERNELS)):
+        return False
+    try:
+        kernel_of(layer)
+    except TypeError:  # One matrix per expert, for example.
+        return False
+    return True
 
 
 def kernel_of(layer):

@@ -9,6 +9,7 @@ attributes, lists, heads and `generate()` go on as before.
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 
@@ -18,6 +19,12 @@ from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 from keras.src.saving.object_registration import GLOBAL_CUSTOM_NAMES
 from keras.src.utils.naming import to_snake_case
+
+from keras_peft.kernels import has_kernel
+from keras_peft.methods.adapter import Adapter
+from keras_peft.methods.adapter import CallAdapter
+from keras_peft.methods.adapter import KernelAdapter
+from keras_peft.methods.adapter import VariableAdapter
 
 # Tracked by Keras beside the layers that a user sees.
 _NOT_CHILDREN = (keras.Loss, keras.Metric)
@@ -134,25 +141,72 @@ _MARK = "adapted"
 
 
 class AdaptedLayer:
-    """Mixed into the class of a layer that carries adapters."""
+    """Mixed into the class of a layer that carries adapters.
 
-    def call(self, inputs, *args, **kwargs):
-        outputs = super().call(inputs, *args, **kwargs)
+    From the outside in: what stands around the call, what changes the kernel,
+    and what changes the layer's other variables.
+    """
+
+    def call(self, *args, **kwargs):
+        call = self._call_kernel
+        for adapter in self._adapters_of(CallAdapter):
+            call = functools.partial(adapter.around, call)
+        return call(*args, **kwargs)
+
+    def _adapters_of(self, kind):
+        return [a for a in self.adapters.values() if isinstance(a, kind)]
+
+    def _call_kernel(self, *args, **kwargs):
+        adapters = self._adapters_of(KernelAdapter)
+        if not adapters:
+            return self._call_base(*args, **kwargs)
+        # Keras passes the inputs by position, and layers call them so too.
+        inputs, *args = args
         reverse = False
         if isinstance(self, keras.layers.ReversibleEmbedding):
             reverse = kwargs.get("reverse", args[0] if args else False)
             if reverse and not self.tie_weights:
+                outputs = self._call_base(inputs, *args, **kwargs)
                 return self._after_kernel(outputs, reverse)
-        changed = outputs
-        for adapter in self.adapters.values():
-            changed = changed + adapter(inputs, outputs, reverse=reverse)
+        outputs, changed = self._add_changes(
+            adapters, inputs, args, kwargs, reverse
+        )
         if keras.backend.backend() == "jax":
-            changed = _computed_once(changed, adapter.strength)
+            changed = _computed_once(changed, adapters[-1].strength)
         changed = self._after_kernel(changed, reverse)
         mask = get_keras_mask(outputs)
         if mask is not None:
             set_keras_mask(changed, mask)
         return changed
+
+    def _add_changes(self, adapters, inputs, args, kwargs, reverse):
+        """`(outputs of the base, outputs with every adapter's change)`."""
+        moving = [adapter for adapter in adapters if adapter.on_inputs]
+        adding = [adapter for adapter in adapters if not adapter.on_inputs]
+        moved = inputs
+        for adapter in moving:
+            moved = moved + adapter(inputs)
+        changed = outputs = self._call_base(moved, *args, **kwargs)
+        if moving and adding:
+            # Each change is one of the base, and not of another's outputs.
+            outputs = self._call_base(inputs, *args, **kwargs)
+        for adapter in adding:
+            changed = changed + adapter(inputs, outputs, reverse=reverse)
+        return outputs, changed
+
+    def _call_base(self, *args, **kwargs):
+        adapters = self._adapters_of(VariableAdapter)
+        if not adapters:
+            return super().call(*args, **kwargs)
+        # Inside, only this scope is asked for values: it has to know all.
+        own = {id(v): (v, v.value) for v in own_variables(self)}
+        for adapter in adapters:
+            for variable, added in adapter.additions():
+                _, value = own[id(variable)]
+                added = keras.ops.cast(added, value.dtype)
+                own[id(variable)] = variable, value + added
+        with keras.StatelessScope(state_mapping=list(own.values())):
+            return super().call(*args, **kwargs)
 
     def _after_kernel(self, outputs, reverse):
         activation = self.after_kernel.get("activation")
@@ -224,12 +278,18 @@ def is_adapted(layer: keras.Layer) -> bool:
     return isinstance(layer, AdaptedLayer)
 
 
+def layers_by_path(model: keras.Layer) -> dict[str, keras.Layer]:
+    """`{path: layer}` of all that can be adapted: `""` is the model itself."""
+    return {"": model, **dict(walk(model))}
+
+
 def adapted_layers(model: keras.Layer) -> list[tuple[str, keras.Layer]]:
-    """`(path, layer)` of every layer below `model` that carries adapters."""
-    return [(path, layer) for path, layer in walk(model) if is_adapted(layer)]
+    """`(path, layer)` of every layer of `model` that carries adapters."""
+    layers = layers_by_path(model)
+    return [(path, la) for path, la in layers.items() if is_adapted(la)]
 
 
-def attach(layer: keras.Layer, name: str, adapter: keras.Layer) -> None:
+def attach(layer: keras.Layer, name: str, adapter: Adapter) -> None:
     """Adds `adapter` to `layer` under `name`."""
     with _unlocked(layer):
         if not is_adapted(layer):
@@ -237,23 +297,28 @@ def attach(layer: keras.Layer, name: str, adapter: keras.Layer) -> None:
             held = {
                 attribute: getattr(layer, attribute)
                 for attribute in _AFTER_KERNEL
-                if hasattr(layer, attribute)
+                if hasattr(layer, attribute) and has_kernel(layer)
             }
             set_plain(layer, "after_kernel", held)
             _set_after_kernel(layer, dict.fromkeys(held))
             layer.adapters = {}
+        if adapter.mixin is not None and not isinstance(layer, adapter.mixin):
+            mix_in(layer, adapter.mixin)
         layer.adapters[name] = adapter
 
 
-def detach(layer: keras.Layer, name: str) -> keras.Layer:
+def detach(layer: keras.Layer, name: str) -> Adapter:
     """Takes an adapter off; without any, the layer is what it was before."""
     with _unlocked(layer):
         adapter = layer.adapters.pop(name)
+        mixins = {other.mixin for other in layer.adapters.values()}
+        if adapter.mixin is not None and adapter.mixin not in mixins:
+            mix_out(layer, adapter.mixin)
         if not layer.adapters:
             _set_after_kernel(layer, layer.after_kernel)
             del layer.adapters
             object.__delattr__(layer, "after_kernel")
-            mix_out(layer)
+            mix_out(layer, AdaptedLayer)
     return adapter
 
 
@@ -281,32 +346,49 @@ def _unlocked(layer):
 
 # -- Classes -----------------------------------------------------------------
 
-_SUBCLASSES: dict[tuple[type, type], type] = {}
+# `{(mixins, class): subclass}`, and the reverse.
+_SUBCLASSES: dict[tuple, type] = {}
+_PARTS: dict[type, tuple[tuple[type, ...], type]] = {}
 
 
 def mix_in(target: keras.Layer, mixin: type) -> None:
     """Gives `target` a subclass of its own class, with `mixin` in front.
 
-    The subclass bears the name of the class: the layout of weights files and
-    `model.summary()` follow class names.
+    `AdaptedLayer` stays the last of several: a model that was adapted has its
+    own ways to be saved. The subclass bears the name of the class: the layout
+    of weights files and `model.summary()` follow class names.
     """
-    cls = type(target)
-    key = (mixin, cls)
+    mixins, cls = _parts(type(target))
+    mixins = sorted((mixin, *mixins), key=lambda kind: kind is AdaptedLayer)
+    target.__class__ = _subclass(tuple(mixins), cls)
+
+
+def mix_out(target: keras.Layer, mixin: type) -> None:
+    """Undoes `mix_in`."""
+    mixins, cls = _parts(type(target))
+    target.__class__ = _subclass(
+        tuple(other for other in mixins if other is not mixin), cls
+    )
+
+
+def _subclass(mixins, cls):
+    if not mixins:
+        return cls
+    key = (mixins, cls)
     if key not in _SUBCLASSES:
         same = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        _SUBCLASSES[key] = type(cls.__name__, (mixin, cls), same)
-    target.__class__ = _SUBCLASSES[key]
+        made = type(cls.__name__, (*mixins, cls), same)
+        _SUBCLASSES[key], _PARTS[made] = made, key
+    return _SUBCLASSES[key]
 
 
-def mix_out(target: keras.Layer) -> None:
-    """Undoes `mix_in`."""
-    target.__class__ = base_class(target)
+def _parts(cls):
+    return _PARTS.get(cls, ((), cls))
 
 
 def base_class(target: keras.Layer) -> type:
     """The class of `target` without what `mix_in` added."""
-    cls = type(target)
-    return cls.__mro__[2] if cls in _SUBCLASSES.values() else cls
+    return _parts(type(target))[1]
 
 
 def serialize_as(target: keras.Layer, registered_name: str) -> None:
@@ -323,7 +405,7 @@ def plain(model: keras.Layer) -> Iterator[None]:
             touched.append((layer, type(layer)))
             if is_adapted(layer):
                 _set_after_kernel(layer, layer.after_kernel)
-            mix_out(layer)
+            layer.__class__ = base_class(layer)
     try:
         yield
     finally:
@@ -341,8 +423,11 @@ def start_at_epoch(model: keras.Model, epoch: int) -> None:
     model._initial_epoch = epoch
 
 
-def forget_compiled(model: keras.Layer) -> None:
-    """Drops compiled functions: they hold the graph from before a change."""
+def forget_compiled(model: keras.Layer, optimizer: bool = True) -> None:
+    """Drops compiled functions: they hold the graph from before a change.
+
+    So do the slots of the `optimizer`, if other variables train than before.
+    """
     for name in (
         "train_function",
         "test_function",
@@ -353,9 +438,8 @@ def forget_compiled(model: keras.Layer) -> None:
             setattr(model, name, None)
     if getattr(model, "_jax_state_synced", None) is False:
         model.jax_state_sync()
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and optimizer.built:
-        # Its slots belong to the variables that were trainable before.
-        fresh = type(optimizer).from_config(optimizer.get_config())
+    used = getattr(model, "optimizer", None)
+    if optimizer and used is not None and used.built:
+        fresh = type(used).from_config(used.get_config())
         with _unlocked(model):
             model.optimizer = fresh

@@ -3,7 +3,6 @@
 import keras
 
 from keras_peft import layer_tree
-from keras_peft.kernels import kernel_of
 from keras_peft.methods.lora import LoRA as Settings
 
 
@@ -53,7 +52,7 @@ class LoRA(keras.layers.Wrapper):
         layer = self.layer
         if not layer.built:
             layer.build(input_shape)
-        objection = self.method.objection(layer.name, kernel_of(layer))
+        objection = self.method.objection(layer.name, layer)
         if objection:
             raise ValueError(
                 f"Layer {layer.name!r} cannot be adapted: {objection}. "

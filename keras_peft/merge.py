@@ -11,7 +11,6 @@ from keras_peft import adapted_model
 from keras_peft import adapter_state
 from keras_peft import layer_tree
 from keras_peft.adapter_state import AdapterState
-from keras_peft.kernels import kernel_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +22,7 @@ class MergeReport:
             dtype lost, over the norm of the merged change. About 1e-7 times
             the kernel's size over the change's in float32; in bfloat16 it
             can be large where the change is small.
-        dtypes: `{path: dtype}` of the kernels.
+        dtypes: `{path: dtype}` of the merged weights.
     """
 
     errors: dict[str, float]
@@ -38,12 +37,12 @@ class MergeReport:
 
 @dataclasses.dataclass
 class _Merged:
-    """What `unmerge` needs. Kernels are kept in host memory."""
+    """What `unmerge` needs. Values are kept in host memory."""
 
     state: AdapterState
     adapters: dict[str, dict[str, keras.Layer]]
-    kernels: dict[str, np.ndarray]
-    digests: dict[str, str]
+    values: dict[str, list[tuple[keras.Variable, np.ndarray]]]
+    digests: dict[str, list[str]]
 
 
 _MERGED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -55,7 +54,7 @@ def merge(model: keras.Model) -> MergeReport:
     Each merged kernel is computed in float32 from the base kernel and rounded
     once to the kernel's dtype. The result is a plain Keras model that computes
     what the adapted one did, up to that rounding. `unmerge` brings base and
-    adapters back; for it the base kernels are kept in host memory as long as
+    adapters back; for it the base weights are kept in host memory as long as
     the model lives.
 
     Returns:
@@ -78,37 +77,69 @@ def merge(model: keras.Model) -> MergeReport:
             f"Received: adapters={list(state.adapters)}"
         )
     layers = dict(layer_tree.adapted_layers(model))
-    kernels = {path: _bits(layer) for path, layer in layers.items()}
+    _check_mergeable(state, layers)
+    values, errors = {}, {}
     try:
-        errors = {path: _fold(path, layer) for path, layer in layers.items()}
+        for path, layer in layers.items():
+            deltas = _deltas(layer)
+            values[path] = [(v, _bits(v)) for v, _ in deltas]
+            errors[path] = _fold(path, deltas)
     except BaseException:
-        _restore(layers, kernels)
+        _restore(values)
         raise
-    dtypes = {
-        path: kernel_of(layer).variable.dtype for path, layer in layers.items()
-    }
+    dtypes = {path: held[0][0].dtype for path, held in values.items()}
     adapters = adapted_model.strip(model)
-    digests = {path: _digest(_bits(layer)) for path, layer in layers.items()}
-    _MERGED[model] = _Merged(state, adapters, kernels, digests)
+    digests = {path: _digests(held) for path, held in values.items()}
+    _MERGED[model] = _Merged(state, adapters, values, digests)
     return MergeReport(errors, dtypes)
 
 
-def _fold(path, layer):
-    """Merges one layer; returns what rounding lost of the change."""
-    view = kernel_of(layer)
-    base = view.read()
-    change = sum(a.kernel_delta(base) for a in layer.adapters.values())
-    merged = base + change  # float32
-    if not np.isfinite(merged).all():
-        raise ValueError(
-            "The merged kernel would not be finite; its adapter or its base "
-            "holds NaN or infinity. Nothing was merged. "
-            f"Received: layer={path!r}"
+def _check_mergeable(state, layers):
+    stuck = [
+        f"{name!r} ({type(state.adapters[name].method).__name__})"
+        for name in state.active
+        if not all(
+            layer.adapters[name].mergeable
+            for layer in layers.values()
+            if name in layer.adapters
         )
-    view.variable.assign(view.from_matrix(merged))
-    held = view.read().astype("float64") - base
-    size = np.linalg.norm(change)
-    return float(np.linalg.norm(held - change) / size) if size else 0.0
+    ]
+    if stuck:
+        raise ValueError(
+            "What these adapters do is no change of the model's weights, so "
+            "it cannot be merged into them. Export or save the adapted model "
+            "as it is, or choose other adapters with "
+            f"`keras_peft.set_adapter`. Received: adapters {', '.join(stuck)}"
+        )
+
+
+def _deltas(layer):
+    """`[(variable, change)]` of all the layer's adapters together."""
+    changes = {}
+    for adapter in layer.adapters.values():
+        for variable, change in adapter.deltas():
+            _, total = changes.get(id(variable), (variable, 0.0))
+            changes[id(variable)] = variable, total + change
+    return list(changes.values())
+
+
+def _fold(path, deltas):
+    """Merges one layer; returns what rounding lost of the change."""
+    lost = size = 0.0
+    for variable, change in deltas:
+        base = _read(variable)
+        merged = base + change  # float32
+        if not np.isfinite(merged).all():
+            raise ValueError(
+                "The merged kernel would not be finite; its adapter or its "
+                "base holds NaN or infinity. Nothing was merged. "
+                f"Received: layer={path!r}"
+            )
+        variable.assign(merged)
+        held = _read(variable).astype("float64") - base
+        lost += np.square(held - change).sum()
+        size += np.square(change.astype("float64")).sum()
+    return float(np.sqrt(lost / size)) if size else 0.0
 
 
 def unmerge(model: keras.Model) -> keras.Model:
@@ -121,35 +152,42 @@ def unmerge(model: keras.Model) -> keras.Model:
     merged = _MERGED.get(model)
     if merged is None:
         raise ValueError(
-            "The model was not merged in this process, so its base kernels "
+            "The model was not merged in this process, so its base weights "
             "are not known. Load the base and `keras_peft.load_adapter()` "
             f"instead. Received: model={getattr(model, 'name', model)!r}"
         )
-    layers = dict(layer_tree.walk(model))
     changed = [
         path
-        for path, digest in merged.digests.items()
-        if _digest(_bits(layers[path])) != digest
+        for path, held in merged.values.items()
+        if _digests(held) != merged.digests[path]
     ]
     if changed:
         raise ValueError(
             "The merged kernels were changed after `merge`; unmerging would "
             f"undo that too. Received: changed layers={changed}"
         )
-    _restore(layers, merged.kernels)
+    _restore(merged.values)
     del _MERGED[model]
     adapted_model.reinstall(model, merged.state, merged.adapters)
     return model
 
 
-def _bits(layer):
-    return keras.ops.convert_to_numpy(kernel_of(layer).variable)
+def _bits(variable):
+    return keras.ops.convert_to_numpy(variable)
 
 
-def _digest(array):
-    return hashlib.sha256(array.tobytes()).hexdigest()
+def _read(variable):
+    return keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))
 
 
-def _restore(layers, kernels):
-    for path, kernel in kernels.items():
-        kernel_of(layers[path]).variable.assign(kernel)
+def _digests(held):
+    return [
+        hashlib.sha256(_bits(variable).tobytes()).hexdigest()
+        for variable, _ in held
+    ]
+
+
+def _restore(values):
+    for held in values.values():
+        for variable, bits in held:
+            variable.assign(bits)

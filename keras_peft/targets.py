@@ -1,6 +1,7 @@
 """Which layers a method adapts."""
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence
 
 import keras
@@ -26,15 +27,26 @@ GROUPS = ("attention", "mlp", "all-linear", "embeddings", "convolutions")
 
 
 class Candidates:
-    """The layers of a model that have a kernel, by path and by group."""
+    """The layers of a model that can be adapted, by path and by group.
 
-    def __init__(self, model: keras.Layer, head: Sequence[str]):
+    Args:
+        model: A built model.
+        head: Paths of the layers that belong to no group.
+        accepts: Tells of a built layer whether it can be adapted.
+    """
+
+    def __init__(
+        self,
+        model: keras.Layer,
+        head: Sequence[str],
+        accepts: Callable[[keras.Layer], bool] = has_kernel,
+    ):
         self.model = model
         self.layers = dict(layer_tree.walk(model))
-        self.with_kernel = {
+        self.adaptable = {
             path: layer
             for path, layer in self.layers.items()
-            if has_kernel(layer) and layer.built and _fits(layer)
+            if layer.built and accepts(layer)
         }
         self.head = list(head)
         attention = [p for p, la in self.layers.items() if _attends(p, la)]
@@ -50,7 +62,7 @@ class Candidates:
         """Paths of a target group; heads belong to none."""
         return [
             path
-            for path, layer in self.with_kernel.items()
+            for path, layer in self.adaptable.items()
             if self._in_group(name, path, layer)
             and not lies_in(path, self.head)
         ]
@@ -76,7 +88,7 @@ class Candidates:
         check_pattern(target)
         return [
             path
-            for path, layer in self.with_kernel.items()
+            for path, layer in self.adaptable.items()
             if layer.name == target or path_matches(target, path)
         ]
 
@@ -94,7 +106,7 @@ class Candidates:
         if self._size(convolutions) <= self._size(linear):
             convolutions = []
         chosen = {*linear, *convolutions}
-        return [path for path in self.with_kernel if path in chosen]
+        return [path for path in self.adaptable if path in chosen]
 
     def _size(self, paths):
         shapes = [kernel_of(self.layers[path]).variable.shape for path in paths]
@@ -103,7 +115,7 @@ class Candidates:
     def names(self) -> dict[str, int]:
         """`{name: count}` of the layers that could be named."""
         counts: dict[str, int] = {}
-        for layer in self.with_kernel.values():
+        for layer in self.adaptable.values():
             counts[layer.name] = counts.get(layer.name, 0) + 1
         return counts
 
@@ -120,7 +132,7 @@ def select(candidates: Candidates, targets: str | Sequence[str]) -> list[str]:
     if unmatched or not targets:
         raise ValueError(no_match(candidates, unmatched, targets))
     chosen = {path for paths in matches.values() for path in paths}
-    return [path for path in candidates.with_kernel if path in chosen]
+    return [path for path in candidates.adaptable if path in chosen]
 
 
 def no_match(candidates, unmatched, targets, argument="targets"):
@@ -148,15 +160,6 @@ def _attends(path, layer):
         and "norm" not in name
         and any(layer_tree.children(layer))
     )
-
-
-def _fits(layer):
-    """False for a kernel that is no one matrix, such as one per expert."""
-    try:
-        kernel_of(layer)
-    except TypeError:
-        return False
-    return True
 
 
 def find_head(model: keras.Layer) -> list[str]:

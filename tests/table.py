@@ -22,25 +22,34 @@ class Method:
     exact_start: bool = True
     # Parameters of one layer, from its [inputs, outputs].
     parameters: Callable[[int, int], int] = lambda i, o: 2 * (i + o)
-    # The merged kernel, from the base, scale, and arrays by name.
-    merged: Callable | None = None
+    # The merged kernel, from the base's, the settings, and arrays by name.
+    merged: Callable[..., np.ndarray] = lambda kernel, settings: kernel
+    # The same of the bias, where the paper changes it.
+    merged_bias: Callable[..., np.ndarray] = lambda bias, settings, **_: bias
+    # Layers that the mathematics leaves out, by the start of their names.
+    refuses: tuple[str, ...] = ()
     slice: bool = False
 
+    def takes(self, name):
+        return not name.startswith(self.refuses)
 
-def lora(kernel, scale, a, b):
+
+def lora(kernel, settings, lora_kernel_a, lora_kernel_b):
     """Eq. 3 of the LoRA paper."""
-    return kernel + scale * (a @ b)
+    scale = settings.scale_of("layer")
+    return kernel + scale * (lora_kernel_a @ lora_kernel_b)
 
 
-def dora(kernel, scale, a, b, magnitude):
+def dora(kernel, settings, lora_magnitude, **factors):
     """Eq. 5 of the DoRA paper: each column is normed, then scaled."""
-    direction = kernel + scale * (a @ b)
-    return magnitude * direction / np.linalg.norm(direction, axis=0)
+    direction = lora(kernel, settings, **factors)
+    return lora_magnitude * direction / np.linalg.norm(direction, axis=0)
 
 
-def residual(kernel, scale, a, b, a0, b0):
+def residual(kernel, settings, lora_initial_a, lora_initial_b, **factors):
     """PiSSA's Eq. 5: the kernel less its start, plus what it became."""
-    return (kernel - scale * (a0 @ b0)) + scale * (a @ b)
+    start = lora(0.0, settings, lora_initial_a, lora_initial_b)
+    return lora(kernel - start, settings, **factors)
 
 
 def _lora(**settings):
@@ -239,6 +248,15 @@ def rows(*tables):
         )
         for ids, values, sliced in found
     ]
+
+
+def method_rows(*tables):
+    """`rows` of METHODS x LAYERS x others, without what a method refuses."""
+    kept = []
+    for name, method in METHODS.items():
+        layers = {n: row for n, row in LAYERS.items() if method.takes(n)}
+        kept += rows({name: method}, layers, *tables)
+    return kept
 
 
 def _sliced(value):

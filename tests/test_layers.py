@@ -6,19 +6,22 @@ import pytest
 from table import DTYPES
 from table import LAYERS
 from table import METHODS
+from table import method_rows
 from table import rounding
-from table import rows
 
 from keras_peft import layer_tree
 from keras_peft.kernels import kernel_of
 
-METHODS_BY_LAYERS = rows(METHODS, LAYERS)
+METHODS_BY_LAYERS = method_rows()
 numpy = keras.ops.convert_to_numpy
 
 
 def attach(method, row, layer, scale=0.0):
     """The adapter of `method` on `layer`, moved from its start by `scale`."""
-    adapter = method.make().create("layer", layer, "default")
+    settings = method.make()
+    assert settings.accepts(layer)
+    assert settings.objection("layer", layer) is None
+    adapter = settings.create_all({"layer": layer}, "default")["layer"]
     adapter.start()
     rng = np.random.default_rng(1)
     for variable in adapter.learned:
@@ -55,16 +58,17 @@ def test_a_fresh_adapter_leaves_the_outputs_as_they_were(method, row):
         assert np.abs(after - before).max() <= tolerance
 
 
-@pytest.mark.parametrize("method, row, dtype", rows(METHODS, LAYERS, DTYPES))
+@pytest.mark.parametrize("method, row, dtype", method_rows(DTYPES))
 def test_merged_equals_adapted(method, row, dtype):
     layer, inputs = row.build(dtype)
     base = row.call(layer, inputs)
     adapter = attach(method, row, layer, scale=1.0)
     adapted = row.call(layer, inputs)
-    kernel = kernel_of(layer)
-    merged = kernel.read() + adapter.kernel_delta(kernel.read())
+    deltas = adapter.deltas()
     layer_tree.detach(layer, "default")
-    kernel.variable.assign(kernel.from_matrix(merged))
+    for variable, change in deltas:
+        value = numpy(keras.ops.cast(variable, "float32"))
+        variable.assign(value + change)
     outputs = row.call(layer, inputs)
     # Kernel, A, B, the hidden product and the sum are each rounded once, on
     # either side of the comparison; DoRA rounds its two factors as well.
@@ -79,9 +83,11 @@ def test_the_merged_kernel_is_the_papers(method, row):
     kernel = kernel_of(layer)
     matrix = row.matrix(numpy(kernel.variable)).astype("float64")
     adapter = attach(method, row, layer, scale=1.0)
-    scale = method.make().scale_of("layer")
-    arrays = [numpy(v) for v in adapter.parameters.values()]
-    expected = method.merged(matrix, scale, *arrays)
+    arrays = {
+        name: numpy(value).astype("float64")
+        for name, value in adapter.parameters.items()
+    }
+    expected = method.merged(matrix, method.make(), **arrays)
     merged = kernel.from_matrix(
         kernel.read() + adapter.kernel_delta(kernel.read())
     )
@@ -89,6 +95,12 @@ def test_the_merged_kernel_is_the_papers(method, row):
     terms = 4 + kernel.inputs
     tolerance = terms * 2.0**-23 * np.abs(expected).max()
     assert np.abs(row.matrix(merged) - expected).max() <= tolerance
+    if kernel.bias is not None:
+        bias = kernel.read_bias()
+        change = adapter.bias_delta(bias)
+        found = bias if change is None else bias + change
+        expected = method.merged_bias(bias, method.make(), **arrays)
+        assert np.abs(found - expected).max() <= tolerance
 
 
 @pytest.mark.parametrize("method, row", METHODS_BY_LAYERS)
@@ -98,6 +110,21 @@ def test_the_parameter_count_is_the_formula(method, row):
     inputs, outputs = row.matrix(numpy(kernel_of(layer).variable)).shape
     count = sum(int(np.prod(v.shape)) for v in adapter.learned)
     assert count == method.parameters(inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    "method, row",
+    [
+        pytest.param(method, row, id=f"{name}-{layer}")
+        for name, method in METHODS.items()
+        for layer, row in LAYERS.items()
+        if not method.takes(layer)
+    ],
+)
+def test_a_layer_that_a_method_cannot_take_is_refused(method, row):
+    layer, _ = row.build()
+    settings = method.make()
+    assert not settings.accepts(layer) or settings.objection("layer", layer)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_peft.kernels import EmbeddingKernel
+from keras_peft.kernels import kernel_of
 from keras_peft.methods.adapter import KernelAdapter
 from keras_peft.methods.method import Method
 from keras_peft.patterns import check_pattern
@@ -137,7 +138,8 @@ class LoRA(Method):
         root = math.sqrt(rank) if self.scaling == "rank_stabilized" else rank
         return alpha / root
 
-    def objection(self, path, kernel):
+    def objection(self, path, layer):
+        kernel = kernel_of(layer)
         rank, limit = self.rank_of(path), min(kernel.inputs, kernel.outputs)
         if rank > limit:
             return (
@@ -146,8 +148,8 @@ class LoRA(Method):
             )
         return None
 
-    def shapes(self, path, kernel):
-        rank = self.rank_of(path)
+    def shapes(self, path, layer):
+        kernel, rank = kernel_of(layer), self.rank_of(path)
         a, b = (kernel.inputs, rank), (rank, kernel.outputs)
         shapes = {"lora_kernel_a": a, "lora_kernel_b": b}
         if self.init in _RESIDUAL_INITS:
@@ -176,7 +178,7 @@ class LoRAAdapter(KernelAdapter):
         self.init = method.init
         self.residual = method.init in _RESIDUAL_INITS
         self.decompose = method.decompose
-        super().__init__(method, path, layer, name)
+        super().__init__(layer, method.shapes(path, layer), name)
         drops = method.dropout and not isinstance(self.kernel, EmbeddingKernel)
         self.dropout = keras.layers.Dropout(method.dropout) if drops else None
 
@@ -191,8 +193,8 @@ class LoRAAdapter(KernelAdapter):
             shape = shapes["lora_magnitude"]
             self.square_norm = self.weight("square_norm", shape, False, False)
 
-    def initialize(self, kernel, rng):
-        a, b = _start_values(self, kernel, rng)
+    def initialize(self, rng):
+        a, b = _start_values(self, rng)
         self.lora_kernel_a.assign(a)
         self.lora_kernel_b.assign(b)
         if self.residual:
@@ -281,18 +283,20 @@ class LoRAAdapter(KernelAdapter):
         return delta * convert(self.strength)
 
 
-def _start_values(adapter, kernel, rng):
+def _start_values(adapter, rng):
     """`(A, B)` as float32 arrays."""
-    inputs, outputs = kernel.shape
+    inputs, outputs = adapter.kernel.inputs, adapter.kernel.outputs
     rank, init = adapter.rank, adapter.init
     a, b = np.zeros((inputs, rank)), np.zeros((rank, outputs))
     if init == "pissa":
-        left, values, right = np.linalg.svd(kernel, full_matrices=False)
+        left, values, right = np.linalg.svd(
+            adapter.kernel.read(), full_matrices=False
+        )
         root = np.sqrt(values[:rank] / adapter.scale)
         a, b = left[:, :rank] * root, root[:, None] * right[:rank]
     elif init == "olora":
         # Of the transposed kernel, so that the orthonormal factor is B.
-        q, r = np.linalg.qr(kernel.T)
+        q, r = np.linalg.qr(adapter.kernel.read().T)
         a, b = r[:rank].T, q[:, :rank].T
     elif init == "orthogonal":
         basis, _ = np.linalg.qr(rng.normal(size=(rank, rank)))

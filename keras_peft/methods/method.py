@@ -2,26 +2,50 @@
 
 import inspect
 
+from keras_peft.kernels import has_kernel
+
 
 class Method:
     """Settings of an adaptation method.
 
     A subclass is a plain object: its constructor's keyword arguments are its
-    attributes and its config. It reports what speaks against a layer
-    (`objection`), names the weights that it adds to one (`shapes`) and creates
-    the adapter for it (`create`).
+    attributes and its config. It says which layers it can sit on (`accepts`)
+    and which it takes by default (`default_targets`), reports what speaks
+    against one of them (`objection`), names the weights that it adds to it
+    (`shapes`) and creates the adapter for it (`create`).
     """
 
-    def objection(self, path, kernel):
+    # Patterns over layer paths that must each match an adapted layer.
+    patterns = ()
+
+    def accepts(self, layer):
+        """Whether a built layer is of a kind that the method can adapt."""
+        return has_kernel(layer)
+
+    def default_targets(self, candidates):
+        """Paths of what is adapted where the user names no targets."""
+        return candidates.default()
+
+    def objection(self, path, layer):
         """Why the layer at `path` cannot take this method, or `None`."""
 
-    def shapes(self, path, kernel):
+    def shapes(self, path, layer):
         """`{weight: shape}` of what an adapter file keeps for one layer."""
         raise NotImplementedError
 
     def create(self, path, layer, name):
         """The adapter for `layer`, its start values not yet set."""
         raise NotImplementedError
+
+    def all_shapes(self, layers):
+        """`{path: shapes}` of all layers of one adapter, given by path."""
+        return {path: self.shapes(path, la) for path, la in layers.items()}
+
+    def create_all(self, layers, name):
+        """`{path: adapter}` for all of them: what they share is made here."""
+        return {
+            path: self.create(path, la, name) for path, la in layers.items()
+        }
 
     def get_config(self):
         arguments = inspect.signature(type(self).__init__).parameters
