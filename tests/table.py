@@ -26,8 +26,15 @@ class Method:
     merged: Callable[..., np.ndarray] = lambda kernel, settings: kernel
     # The same of the bias, where the paper changes it.
     merged_bias: Callable[..., np.ndarray] = lambda bias, settings, **_: bias
-    # Layers that the mathematics leaves out, by the start of their names.
+    # Layers that the mathematics leaves out, by the start of their names;
+    # `("",)` for a method that is not one of single kernels.
     refuses: tuple[str, ...] = ()
+    # Whether its effect is a change of weights.
+    mergeable: bool = True
+    # Whether its start values leave a model as it was.
+    identity: bool = True
+    # Small models, of those in `models.py`, to adapt by default targets.
+    models: tuple[str, ...] = ("bert-classifier", "gpt2")
     slice: bool = False
 
     def takes(self, name):
