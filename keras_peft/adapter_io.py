@@ -59,9 +59,27 @@ def save_adapter(
 def write_adapter(model: keras.Model, folder: Path, name: str) -> None:
     """Writes the two files of an adapter into an existing folder."""
     adapter = adapter_state.named(model, name)
-    tensors = _tensors(model, name)
-    (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors))
     layers = layer_tree.layers_by_path(model)
+    write_files(
+        folder,
+        adapter.method,
+        {path: _kind(layers[path]) for path in adapter.paths},
+        model.peft.head,
+        _tensors(model, name),
+        fingerprint(model),
+    )
+
+
+def write_files(
+    folder: Path,
+    method: Method,
+    layers: dict[str, dict],
+    head: list[str],
+    tensors: dict[str, np.ndarray],
+    base: dict[str, dict],
+) -> None:
+    """The same from what the files say."""
+    (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors))
     settings = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -70,14 +88,14 @@ def write_adapter(model: keras.Model, folder: Path, name: str) -> None:
             for package in ("keras-peft", "keras")
         },
         "method": {
-            "name": type(adapter.method).__name__,
-            "settings": adapter.method.get_config(),
+            "name": type(method).__name__,
+            "settings": method.get_config(),
         },
-        "layers": {path: _kind(layers[path]) for path in adapter.paths},
-        "head": model.peft.head,
+        "layers": layers,
+        "head": head,
         "tensors": {key: list(value.shape) for key, value in tensors.items()},
         "sha256": _sha256(folder / TENSORS),
-        "base": fingerprint(model),
+        "base": base,
     }
     text = json.dumps(settings, indent=2)
     (folder / SETTINGS).write_text(text, encoding="utf-8")
@@ -134,9 +152,7 @@ def load_adapter(
         ValueError: with everything that is wrong, named in one message.
     """
     folder = existing_folder(folder)
-    settings = _read_settings(folder)
-    method = _read_method(folder, settings)
-    tensors = _read_tensors(folder, settings)
+    settings, method, tensors = read_files(folder)
     paths, head = list(settings["layers"]), list(settings["head"])
     _check_model(model, folder, settings, name, method)
     expected = _expected(model, method, paths, head)
@@ -163,6 +179,13 @@ def _assign(model, name, tensors):
 
 
 # -- Reading and checking ----------------------------------------------------
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], Method, dict]:
+    """`(settings, method, tensors)` of an adapter folder, whole and known."""
+    settings = _read_settings(folder)
+    method = _read_method(folder, settings)
+    return settings, method, _read_tensors(folder, settings)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -29,12 +29,16 @@ def fingerprint(
 def compare(
     model: keras.Layer, saved: dict[str, dict], head: Sequence[str]
 ) -> list[str]:
-    """What tells the base of `model` from the one that was `saved`.
+    """What tells the base of `model` from the one that was `saved`."""
+    return differences(saved, fingerprint(model, head))
+
+
+def differences(saved: dict[str, dict], current: dict[str, dict]) -> list[str]:
+    """What tells the `current` base from the one that was `saved`.
 
     Numbers may differ by as much as the coarser of the two dtypes rounds, so
     that an adapter trained over bfloat16 fits the same weights in float32.
     """
-    current = fingerprint(model, head)
     wrong = [f"its base has no `{key}`" for key in saved if key not in current]
     wrong += [
         f"its base has `{key}` too" for key in current if key not in saved
