@@ -3,7 +3,7 @@
 A method's adapter is a subclass of one of three:
 
 - `KernelAdapter` changes a kernel, and says so twice, side by side: in the
-  forward pass (`call`, or `move_inputs`) and as a matrix (`kernel_delta`).
+  forward pass (`call`) and as a matrix (`kernel_delta`).
 - `VariableAdapter` changes other weights, such as the scales of norms.
 - `CallAdapter` stands around a layer's call. What it does is no change of
   weights, so it cannot be merged.
@@ -92,17 +92,14 @@ class Adapter(keras.Layer):
 class KernelAdapter(Adapter):
     """Adapter of one layer's kernel."""
 
-    # Whether the kernel is changed by moving the layer's inputs, as rotations
-    # of them do, instead of adding to its outputs.
+    # Whether `call(inputs)` returns a change of the layer's inputs, as for a
+    # rotation of them. Else `call(inputs, outputs, reverse, training)` returns
+    # a change of its outputs, before the activation.
     on_inputs = False
 
     def __init__(self, layer, shapes, name):
         self.kernel = kernel_of(layer)
         super().__init__(layer, shapes, name)
-
-    def move_inputs(self, inputs):
-        """The change of the inputs, where `on_inputs`."""
-        raise NotImplementedError
 
     def kernel_delta(self, kernel):
         """The change of the `[inputs, outputs]` kernel, strength included."""
