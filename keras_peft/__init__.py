@@ -16,6 +16,8 @@ from keras_peft.adapt import set_adapter
 from keras_peft.adapter_io import load_adapter
 from keras_peft.adapter_io import save_adapter
 from keras_peft.callbacks import AdapterCheckpoint
+from keras_peft.combine import combine_adapters
+from keras_peft.low_rank import LowRankReport
 from keras_peft.merge import MergeReport
 from keras_peft.merge import merge
 from keras_peft.merge import unmerge
@@ -27,8 +29,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterCheckpoint",
     "LoRA",
+    "LowRankReport",
     "MergeReport",
     "adapt",
+    "combine_adapters",
     "disabled",
     "export",
     "layers",
