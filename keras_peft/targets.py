@@ -8,6 +8,7 @@ import keras
 
 from keras_peft import adapter_state
 from keras_peft import layer_tree
+from keras_peft.blocks import attention_paths
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.patterns import check_pattern
@@ -49,7 +50,7 @@ class Candidates:
             if layer.built and accepts(layer)
         }
         self.head = list(head)
-        attention = [p for p, la in self.layers.items() if _attends(p, la)]
+        attention = attention_paths(self.layers)
         self.attention = tuple(path + "." for path in attention)
         self.blocks = tuple(
             path + "."
@@ -150,15 +151,6 @@ def no_match(candidates, unmatched, targets, argument="targets"):
         f"Layers that can be adapted: {listed or 'none'}. Groups: "
         f"{', '.join(map(repr, groups)) or 'none'}. "
         f"Received: {argument}={targets}"
-    )
-
-
-def _attends(path, layer):
-    name = type(layer).__name__.lower()
-    return (
-        "attention" in name
-        and "norm" not in name
-        and any(layer_tree.children(layer))
     )
 
 
