@@ -18,6 +18,8 @@ import safetensors.numpy
 from keras_peft import adapted_model
 from keras_peft import adapter_state
 from keras_peft import layer_tree
+from keras_peft import peft_files
+from keras_peft import peft_folder
 from keras_peft.adapt import check_layers
 from keras_peft.adapter_state import NamedAdapter
 from keras_peft.files import existing_folder
@@ -36,7 +38,10 @@ _VERSION = 1
 
 
 def save_adapter(
-    model: keras.Model, folder: str | Path, name: str = "default"
+    model: keras.Model,
+    folder: str | Path,
+    name: str = "default",
+    format: str = "keras",
 ) -> None:
     """Writes an adapter and its head to `folder`.
 
@@ -47,13 +52,23 @@ def save_adapter(
         model: An adapted model.
         folder: Path of the folder.
         name: Which of the model's adapters.
+        format: `"keras"`, or `"peft"` for a folder that Hugging Face PEFT, and
+            what serves its adapters, loads into the same model of
+            transformers. The latter is for the families of keras-hub that it
+            can read from Hugging Face.
 
     Raises:
-        ValueError: if the model has no such adapter.
+        ValueError: if the model has no such adapter, or PEFT no way to say
+            what it does.
     """
+    if format not in ("keras", "peft"):
+        raise ValueError(
+            f"`format` must be 'keras' or 'peft'. Received: format={format!r}"
+        )
     adapter_state.named(model, name)
+    write = peft_folder.write if format == "peft" else write_adapter
     with whole_folder(folder) as staging:
-        write_adapter(model, staging, name)
+        write(model, staging, name)
 
 
 def write_adapter(model: keras.Model, folder: Path, name: str) -> None:
@@ -141,7 +156,9 @@ def load_adapter(
         model: The base the adapter was trained on, adapted already or not. If
             it has an adapter called `name` with the same settings, that one
             gets the values of the file.
-        folder: Path of a folder that `save_adapter` wrote.
+        folder: Path of a folder that `save_adapter` wrote, or Hugging Face
+            PEFT. PEFT's says nothing of the base's weights, so that only their
+            shapes can be checked.
         name: What to call the adapter in this model.
         trainable: Whether it, and the head, go on training.
 
@@ -152,9 +169,15 @@ def load_adapter(
         ValueError: with everything that is wrong, named in one message.
     """
     folder = existing_folder(folder)
-    settings, method, tensors = read_files(folder)
-    paths, head = list(settings["layers"]), list(settings["head"])
-    _check_model(model, folder, settings, name, method)
+    if peft_files.is_peft_folder(folder):
+        found = peft_folder.read(model, folder)
+        method, paths, head = found.method, found.paths, found.head
+        tensors = found.tensors
+    else:
+        settings, method, tensors = read_files(folder)
+        paths, head = list(settings["layers"]), list(settings["head"])
+        _check_base(model, folder, settings)
+    _check_model(model, folder, method, paths, head, name)
     expected = _expected(model, method, paths, head)
     _check_tensors(folder, tensors, expected)
     if not (adapter_state.is_adapted(model) and name in model.peft.adapters):
@@ -250,7 +273,7 @@ def _read_tensors(folder, settings):
         ) from error
 
 
-def _check_model(model, folder, settings, name, method):
+def _check_base(model, folder, settings):
     layers = layer_tree.layers_by_path(model)
     wrong = []
     for path, kind in settings["layers"].items():
@@ -259,22 +282,21 @@ def _check_model(model, folder, settings, name, method):
         elif not layers[path].built or _kind(layers[path]) != kind:
             wrong.append(f"`{path}` is {_kind(layers[path])}, not {kind}")
     wrong += [f"no layer `{p}`" for p in settings["head"] if p not in layers]
+    wrong = wrong or compare(model, settings["base"], settings["head"])
     if wrong:
         raise ValueError(_mismatch(folder, wrong))
-    wrong += compare(model, settings["base"], settings["head"])
-    if wrong:
-        raise ValueError(_mismatch(folder, wrong))
+
+
+def _check_model(model, folder, method, paths, head, name):
+    layers = layer_tree.layers_by_path(model)
+    wrong = []
     if not adapter_state.is_adapted(model):
-        paths = settings["layers"]
         check_layers({path: layers[path] for path in paths}, method)
-    elif settings["head"] != model.peft.head:
-        wrong.append(f"its head is {model.peft.head}, not {settings['head']}")
+    elif head != model.peft.head:
+        wrong.append(f"its head is {model.peft.head}, not {head}")
     elif name in model.peft.adapters:
         adapter = model.peft.adapters[name]
-        if (adapter.method, adapter.paths) != (
-            method,
-            list(settings["layers"]),
-        ):
+        if (adapter.method, adapter.paths) != (method, paths):
             wrong.append(
                 f"its adapter {name!r} has other settings or layers; "
                 "`keras_peft.remove(model, name)` it, or load under another "

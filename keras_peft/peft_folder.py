@@ -1,0 +1,354 @@
+"""Adapters in the folder format of Hugging Face PEFT.
+
+Each method has a codec (`peft_lora`, ...) between the tensors of one HF module
+and the adapters of the Keras layers that the module corresponds to. Here is
+what they have in common: which module is which layer, heads, and that
+everything is checked and told at once before a model is touched.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_peft import adapter_state
+from keras_peft import peft_files
+from keras_peft import peft_lora
+from keras_peft.hf_layout import Part
+from keras_peft.hf_names import Names
+from keras_peft.methods.method import Method
+from keras_peft.patterns import nearest
+from keras_peft.targets import find_head
+
+CODECS = {codec.PEFT_TYPE: codec for codec in (peft_lora,)}
+
+
+@dataclasses.dataclass
+class Adapter:
+    """An adapter that was read, in the terms of a Keras model.
+
+    `tensors` has the keys of keras_peft's own folder.
+    """
+
+    method: Method
+    paths: list[str]
+    head: list[str]
+    tensors: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class Reader:
+    """What a codec reads from, and where it says what is wrong.
+
+    Attributes:
+        config: The settings in the folder.
+        names: The HF names of the model.
+        modules: `{module: {suffix: array}}` of the adapter's own tensors.
+        wrong: What speaks against the folder.
+    """
+
+    config: dict[str, Any]
+    names: Names
+    modules: dict[str, dict[str, np.ndarray]]
+    wrong: list[str]
+
+    def parts(self, module: str) -> dict[str, Part]:
+        """`{path: Part}` of a module's layers; notes those without a place."""
+        found = {}
+        for path in self.names.paths.get(module, ()):
+            part = self.names.part(path)
+            if isinstance(part, Part):
+                found[path] = part
+            else:
+                self.wrong.append(
+                    f"`{path}` has no place in `{module}`: {part}"
+                )
+        return found
+
+    def take(self, module: str, suffix: str, shape: tuple) -> np.ndarray | None:
+        """A tensor that must have `shape`; notes what is wrong with it."""
+        value = self.modules[module].get(suffix)
+        name = f"{module}.{suffix}"
+        if value is None:
+            self.wrong.append(f"missing `{name}`")
+        elif value.shape != shape:
+            turned = value.ndim == 2 and value.shape == shape[::-1]
+            self.wrong.append(
+                f"`{name}` has shape {value.shape}, not {shape}"
+                + (": it is transposed" if turned else "")
+            )
+        elif not np.isfinite(value).all():
+            self.wrong.append(f"`{name}` holds NaN or infinity")
+        else:
+            return value
+        return None
+
+
+def read(model: keras.Model, folder: Path) -> Adapter:
+    """Reads a PEFT folder for `model`, which stays as it is.
+
+    Raises:
+        ValueError: with everything that is wrong, named in one message.
+    """
+    config = peft_files.read_config(folder)
+    codec = CODECS.get(config["peft_type"])
+    if codec is None:
+        raise ValueError(
+            f"PEFT's {config['peft_type']} cannot be read; these can: "
+            f"{', '.join(CODECS)}. Convert it to LoRA with PEFT's "
+            f"`save_as_lora` first. Received: {str(folder)!r}"
+        )
+    names = Names(model)
+    wrong = peft_files.unknown_settings(config, codec.KNOWN)
+    reader = Reader(config, names, {}, wrong)
+    rest = _sort(reader, codec, peft_files.read_tensors(folder))
+    head, tensors = _read_head(reader, model, rest)
+    wrong += _missing(reader)
+    found = codec.read(reader)
+    if wrong or found is None:
+        raise ValueError(mismatch(folder, wrong))
+    method, adapters = found
+    for path, weights in adapters.items():
+        tensors |= {f"{path}.{key}": value for key, value in weights.items()}
+    paths = [path for path in names.layers if path in adapters]
+    return Adapter(method, paths, head, tensors)
+
+
+def _sort(reader, codec, tensors):
+    """Fills `reader.modules`; returns the tensors that are no adapter's own."""
+    rest, unknown = {}, []
+    for key, value in tensors.items():
+        name = key.removeprefix(peft_files.PREFIX)
+        suffix = next((s for s in codec.SUFFIXES if name.endswith("." + s)), "")
+        if not suffix:
+            rest[name] = value
+            continue
+        name = name.removesuffix("." + suffix)
+        module = reader.names.find(name) or _output(reader.names, name)
+        if module is None:
+            unknown.append(name)
+        else:
+            reader.modules.setdefault(module, {})[suffix] = value
+    known = [reader.names.live(module) for module in reader.names.paths]
+    for name in dict.fromkeys(unknown):
+        reader.wrong.append(
+            f"the model has no module `{name}`{nearest(name, known)}"
+        )
+    return rest
+
+
+def _output(names, name):
+    """A language model's output: no layer of its own, but a codec's matter."""
+    has_output = names.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    return "lm_head" if has_output and name.endswith("lm_head") else None
+
+
+def _missing(reader):
+    """Modules that the settings name and no tensor is there for."""
+    return [
+        f"no tensors for `{module}`, which `target_modules` names"
+        for module in reader.names.paths
+        if module not in reader.modules
+        and peft_files.targeted(reader.config, reader.names.renamed(module))
+    ]
+
+
+def _read_head(reader, model, rest):
+    """`(head, {"head:...": array})` from copies of whole modules."""
+    names, values = reader.names, {}
+    adapted = adapter_state.is_adapted(model)
+    head = list(model.peft.head) if adapted else find_head(model)
+    for name, value in rest.items():
+        if ".base_layer." in name:
+            _check_base_layer(reader, name, value)
+            continue
+        module, _, parameter = name.rpartition(".")
+        found = names.find(module) or module
+        weights = names.weights(f"{found}.{parameter}", value.shape)
+        if not weights:
+            reader.wrong.append(
+                f"`{name}` of shape {value.shape} fits no weight of the model"
+            )
+        for weight in weights:
+            values[id(weight.variable)] = value.ravel()[weight.entries]
+            if weight.path not in head:
+                head.append(weight.path)
+    variables = adapter_state.variables_below(names.layers, head)
+    return head, {
+        f"head:{key}": values.get(id(variable), numpy(variable))
+        for key, variable in variables.items()
+    }
+
+
+def _check_base_layer(reader, name, value):
+    """PEFT saves the base of an adapted embedding; it must be ours."""
+    module, _, parameter = name.replace(".base_layer", "").rpartition(".")
+    module = reader.names.find(module) or module
+    for weight in reader.names.weights(f"{module}.{parameter}", value.shape):
+        ours, theirs = numpy(weight.variable), value.ravel()[weight.entries]
+        # Eight bits are what bfloat16 keeps.
+        if np.allclose(ours, theirs, rtol=2.0**-7, atol=1e-6):
+            return
+    reader.wrong.append(
+        f"`{name}` is no weight of this base: it was resized or trained"
+    )
+
+
+def numpy(variable: keras.Variable) -> np.ndarray:
+    """The float32 values of a variable."""
+    return keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))
+
+
+def mismatch(folder: Path, wrong: list[str]) -> str:
+    """The message for a folder that does not fit a model."""
+    shown = "; ".join(wrong[:8])
+    more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    return (
+        "The PEFT adapter does not fit this model, which was left as it is: "
+        f"{shown}{more}. Load it into the base it was trained on. "
+        f"Received: {str(folder)!r}"
+    )
+
+
+# -- Writing -----------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Writer:
+    """What a codec writes from, and where it says what cannot be written.
+
+    Attributes:
+        method: Settings of the adapter.
+        names: The HF names of the model.
+        leaves: `{path: adapter}`.
+        modules: `{module: {path: Part}}` of all layers of the modules of
+            which a layer is adapted.
+        wrong: What speaks against writing it.
+    """
+
+    method: Method
+    names: Names
+    leaves: dict[str, Any]
+    modules: dict[str, dict[str, Part]]
+    wrong: list[str]
+
+
+def write(model: keras.Model, folder: Path, name: str) -> None:
+    """Writes an adapter as a PEFT folder into an existing folder.
+
+    Raises:
+        ValueError: with everything that PEFT has no way to say.
+    """
+    adapter = adapter_state.named(model, name)
+    kind = type(adapter.method)
+    codec = next((c for c in CODECS.values() if c.METHOD is kind), None)
+    if codec is None:
+        raise ValueError(
+            f"{kind.__name__} has no form in PEFT's files. Convert the "
+            "adapter to LoRA first, merge it, or use `format='keras'`. "
+            f"Received: name={name!r} with method={adapter.method}"
+        )
+    names = Names(model)
+    leaves = adapter_state.leaves(model, name)
+    writer = Writer(adapter.method, names, leaves, {}, [])
+    _group(writer)
+    modules_to_save, tensors = _write_head(writer, model, name)
+    if writer.wrong:
+        raise ValueError(_unwritable(name, adapter, writer.wrong))
+    config, modules = codec.write(writer)
+    if writer.wrong:
+        raise ValueError(_unwritable(name, adapter, writer.wrong))
+    for module, weights in modules.items():
+        live = names.live(module)
+        tensors |= {f"{live}.{key}": value for key, value in weights.items()}
+    config = {
+        "peft_type": codec.PEFT_TYPE,
+        "task_type": _task(names, modules),
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": _targets(names, modules),
+        "modules_to_save": modules_to_save or None,
+        **config,
+    }
+    tensors = {peft_files.PREFIX + key: v for key, v in tensors.items()}
+    peft_files.write(folder, config, tensors)
+
+
+def _unwritable(name, adapter, wrong):
+    return (
+        f"PEFT's files cannot hold this adapter: {'; '.join(wrong[:8])}. "
+        "Convert it to LoRA on layers that have a Hugging Face name, merge "
+        "it, or use `format='keras'`. Received: "
+        f"name={name!r} with method={adapter.method}"
+    )
+
+
+def _group(writer):
+    for path in writer.leaves:
+        part = writer.names.part(path)
+        if not isinstance(part, Part):
+            writer.wrong.append(f"`{path}` has no name there: {part}")
+            continue
+        found = {
+            p: writer.names.part(p) for p in writer.names.paths[part.module]
+        }
+        writer.modules[part.module] = found
+
+
+def _write_head(writer, model, name):
+    """`(modules to save, {module.parameter: array})`."""
+    names = writer.names
+    variables = adapter_state.head_variables(model)
+    held = adapter_state.head_values(model, name)
+    values = {id(variable): held[key] for key, variable in variables.items()}
+    modules, tensors, placed = [], {}, set()
+    for key, ported in names.tensors.items():
+        mine = {id(each.variable) for _, each in ported} & values.keys()
+        shape = names.shape(key) if mine else None
+        if shape is None:
+            continue
+        whole = np.empty(math.prod(shape), "float32")
+        for weight in names.weights(key, shape):
+            own = values.get(id(weight.variable))
+            whole[weight.entries] = (
+                numpy(weight.variable) if own is None else own
+            )
+        module, _, parameter = key.rpartition(".")
+        tensors[f"{names.live(module)}.{parameter}"] = whole.reshape(shape)
+        modules.append(names.live(module))
+        placed |= mine
+    writer.wrong += [
+        f"the head's `{key}` has no name there"
+        for key, variable in variables.items()
+        if id(variable) not in placed
+    ]
+    return sorted({_whole(module) for module in modules}), tensors
+
+
+def _whole(module):
+    """What PEFT saves: a head of several layers is one module."""
+    return "classifier" if module.startswith("classifier.") else module
+
+
+def _task(names, modules):
+    # PEFT adds the head of a classifier to `modules_to_save` by itself, which
+    # must not be where an adapter sits on it.
+    adapted_head = any(module in names.heads.values() for module in modules)
+    return None if adapted_head else names.task
+
+
+def _targets(names, modules):
+    """`target_modules`: last names where they say it all, or whole ones."""
+    everywhere: dict[str, set] = {}
+    for module in (*names.paths, *names.heads.values()):
+        last = names.renamed(module).rpartition(".")[2]
+        everywhere.setdefault(last, set()).add(module)
+    targets = set()
+    for module in modules:
+        last = names.renamed(module).rpartition(".")[2]
+        alone = everywhere.get(last, {module}) <= set(modules)
+        targets.add(last if alone else names.live(module))
+    return sorted(targets)

@@ -1,0 +1,375 @@
+"""LoRA in PEFT's files.
+
+A module's `lora_A` is `(rank, inputs)` and its `lora_B` `(outputs, rank)`, the
+transposes of `A` and `B` here. Fused modules share one `lora_A`; the layers
+here that are parts of them have one `A` each.
+"""
+
+import collections
+import math
+import re
+
+import numpy as np
+from keras import ops
+
+from keras_peft import peft_files
+from keras_peft.kernels import EmbeddingKernel
+from keras_peft.kernels import ReversibleEmbeddingKernel
+from keras_peft.kernels import kernel_of
+from keras_peft.methods.lora import LoRA
+
+PEFT_TYPE = "LORA"
+METHOD = LoRA
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+_MAGNITUDE = "lora_magnitude_vector"
+# The output of a language model, which may be tied to its embedding.
+OUTPUT = "lm_head"
+SUFFIXES = (*_EMBEDDING, *_LINEAR, _MAGNITUDE, "lora_B.bias")
+# Settings that `read` follows, or that only matter while PEFT trains.
+KNOWN = (
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"),
+    *("use_rslora", "use_dora", "init_lora_weights", "modules_to_save"),
+    *("target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "fan_in_fan_out", "ensure_weight_tying"),
+    *("megatron_core", "qalora_group_size", "loftq_config", "eva_config"),
+    *("corda_config", "lora_ga_config", "velora_config", "bias"),
+)
+# Starts that leave PEFT's base as it is; others change it.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_RESIDUAL_STARTS = ("pissa", "olora")
+
+
+# -- Reading -----------------------------------------------------------------
+
+
+def read(reader):
+    """`(method, {path: {weight: array}})`; notes what is wrong."""
+    start = _start(reader)
+    scales, adapters = {}, {}
+    _check_tied(reader)
+    for module in reader.modules:
+        if module == OUTPUT:
+            continue
+        parts = reader.parts(module)
+        found = _read_module(reader, module, parts)
+        if found is None:
+            continue
+        scale = _scale(reader, module, found["a"].shape[1])
+        if start in _RESIDUAL_STARTS:
+            found |= _start_values(reader, parts, start, found, scale)
+        for path, weights in _split(found, parts).items():
+            scales[path] = scale
+            adapters[path] = weights
+    if reader.wrong or not adapters:
+        reader.wrong += [] if reader.wrong else ["it holds no tensors"]
+        return None
+    ranks = {p: w["lora_kernel_a"].shape[1] for p, w in adapters.items()}
+    return _method(reader.config, start, ranks, scales), adapters
+
+
+def _start(reader):
+    start = reader.config.get("init_lora_weights", True)
+    if reader.config.get("bias", "none") != "none":
+        reader.wrong.append(
+            f"it trained biases of the base (bias={reader.config['bias']!r})"
+        )
+    if start in _PLAIN_STARTS:
+        return "default"
+    if start not in _RESIDUAL_STARTS:
+        reader.wrong.append(
+            f"it belongs to a base that PEFT changed (init_lora_weights="
+            f"{start!r}); save it with PEFT's "
+            "`path_initial_model_for_weight_conversion`"
+        )
+    return start
+
+
+def _read_module(reader, module, parts):
+    """`{"a": (inputs, rank), "b": (rank, outputs), "magnitude": ...}`."""
+    if not parts:
+        return None
+    if "lora_B.bias" in reader.modules[module]:
+        reader.wrong.append(f"`{module}.lora_B.bias`: LoRA here has no bias")
+    part = next(iter(parts.values()))
+    (inputs, outputs), taps = part.sizes, part.shape[2:]
+    rank = peft_files.by_pattern(
+        reader.config.get("rank_pattern"),
+        reader.names.renamed(module),
+        reader.config.get("r", 8),
+    )
+    ones = (1,) * len(taps)
+    a_shape = (rank, part.shape[1], *taps) if taps else (rank, inputs)
+    first, second = _suffixes(reader.names.layers[next(iter(parts))])
+    a = reader.take(module, first, a_shape)
+    b = reader.take(module, second, (outputs, rank, *ones))
+    if a is None or b is None:
+        return None
+    found = {"a": a.reshape(rank, -1).T, "b": b.reshape(-1, rank).T}
+    if reader.config.get("use_dora"):
+        shape = (1, outputs, *ones) if taps else (outputs,)
+        magnitude = reader.take(module, _MAGNITUDE, shape)
+        if magnitude is None:
+            return None
+        found["magnitude"] = magnitude.ravel()
+    return found
+
+
+def _suffixes(layer):
+    is_embedding = isinstance(kernel_of(layer), EmbeddingKernel)
+    return _EMBEDDING if is_embedding else _LINEAR
+
+
+def _scale(reader, module, rank):
+    config = reader.config
+    alpha = peft_files.by_pattern(
+        config.get("alpha_pattern"),
+        reader.names.renamed(module),
+        config.get("lora_alpha", 8),
+    )
+    root = math.sqrt(rank) if config.get("use_rslora") else rank
+    return alpha / root
+
+
+def _start_values(reader, parts, start, found, scale):
+    """What PEFT took from the base when it began, as it does on each load.
+
+    Both are unique up to signs that cancel in the product.
+    """
+    part = next(iter(parts.values()))
+    kernel = np.zeros(part.sizes, "float32")
+    for path, each in parts.items():
+        own = kernel_of(reader.names.layers[path]).read()
+        kernel[np.ix_(each.inputs, each.outputs)] = own
+    rank = found["a"].shape[1]
+    if start == "pissa":
+        left, values, right = np.linalg.svd(kernel, full_matrices=False)
+        root = np.sqrt(values[:rank] / scale)
+        return {"a0": left[:, :rank] * root, "b0": root[:, None] * right[:rank]}
+    q, r = np.linalg.qr(kernel.T)
+    return {"a0": r[:rank].T, "b0": q[:, :rank].T}
+
+
+def _split(found, parts):
+    """`{path: weights}` of the layers that make up one module."""
+    whole, adapters = found["b"], {}
+    # A fused module may hold one block of ranks for each of its parts.
+    blocks = len(parts) > 1 and whole.any() and found.keys() == {"a", "b"}
+    for path, part in parts.items():
+        b = whole[:, part.outputs]
+        used = b.any(axis=1) if blocks else np.full(len(b), True)
+        if not used.any():
+            continue  # Nothing changes this part of the module.
+        weights = {
+            "lora_kernel_a": found["a"][part.inputs][:, used],
+            "lora_kernel_b": b[used],
+        }
+        if "a0" in found:
+            weights["lora_initial_a"] = found["a0"][part.inputs]
+            weights["lora_initial_b"] = found["b0"][:, part.outputs]
+        if "magnitude" in found:
+            weights["lora_magnitude"] = found["magnitude"][part.outputs]
+        adapters[path] = weights
+    return adapters
+
+
+def _method(config, start, ranks, scales):
+    """A `LoRA` that gives each path its rank and its scale."""
+    stabilized = bool(config.get("use_rslora"))
+    alphas = {
+        path: scales[path] * (math.sqrt(rank) if stabilized else rank)
+        for path, rank in ranks.items()
+    }
+    rank, rank_pattern = _common(ranks)
+    alpha, alpha_pattern = _common(
+        {path: float(np.round(a, 10)) for path, a in alphas.items()}
+    )
+    return LoRA(
+        rank=rank,
+        alpha=alpha,
+        dropout=config.get("lora_dropout", 0.0),
+        scaling="rank_stabilized" if stabilized else "standard",
+        init=start,
+        decompose=bool(config.get("use_dora")),
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )
+
+
+def _common(values):
+    """`(the commonest value, {path pattern: value} of the others)`."""
+    common = collections.Counter(values.values()).most_common(1)[0][0]
+    others = {re.escape(p): v for p, v in values.items() if v != common}
+    return common, others or None
+
+
+# -- The output that is tied to an embedding ---------------------------------
+
+
+def _tied_embedding(names):
+    """The module of the embedding that is a language model's output too."""
+    for path, layer in names.layers.items():
+        if (
+            names.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+            and path in names.kernels
+            and isinstance(kernel_of(layer), ReversibleEmbeddingKernel)
+            and layer.tie_weights
+        ):
+            return names.kernels[path].removesuffix(".weight")
+    return None
+
+
+def _check_tied(reader):
+    """Here a tied matrix has one adapter; PEFT gives its two uses two."""
+    embedding = _tied_embedding(reader.names)
+    output = reader.modules.get(OUTPUT)
+    if embedding is None:
+        if output is not None:
+            reader.wrong.append(
+                f"`{OUTPUT}`: keras-hub keeps the output matrix inside of the "
+                "embedding layer, where no adapter reaches it"
+            )
+        return
+    tensors = reader.modules.get(embedding, {})
+    turned = {
+        first: tensors.get(second)
+        for first, second in zip(_LINEAR, _EMBEDDING[::-1], strict=True)
+    }
+    same = output is not None and all(
+        turned[key] is not None
+        and key in output
+        and np.allclose(output[key], turned[key].T, rtol=1e-5, atol=1e-8)
+        for key in _LINEAR
+    )
+    if (tensors or output is not None) and not same:
+        reader.wrong.append(
+            f"`{embedding}` and `{OUTPUT}` are one matrix in this model, and "
+            "the adapter changes them differently"
+        )
+
+
+# -- Writing -----------------------------------------------------------------
+
+
+def write(writer):
+    """`(settings, {module: {suffix: array}})`; notes what cannot be said."""
+    method, modules, ranks, scales = writer.method, {}, {}, {}
+    for module, parts in writer.modules.items():
+        a, b, scales[module] = _combined(writer, parts)
+        ranks[module] = a.shape[1]
+        modules[module] = _tensors(writer, module, parts, a, b)
+    _write_tied(writer, modules, ranks, scales)
+    stabilized = method.scaling == "rank_stabilized"
+    names = writer.names.renamed
+    alphas = {
+        names(m): scales[m] * (math.sqrt(rank) if stabilized else rank)
+        for m, rank in ranks.items()
+    }
+    rank, rank_pattern = _common({names(m): r for m, r in ranks.items()})
+    alpha, alpha_pattern = _common(alphas)
+    settings = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern or {},
+        "alpha_pattern": alpha_pattern or {},
+        "lora_dropout": method.dropout,
+        "use_rslora": stabilized,
+        "use_dora": method.decompose,
+        "init_lora_weights": True,
+        "bias": "none",
+        "fan_in_fan_out": any(
+            part.transposed and not _embeds(writer.names.layers[path])
+            for parts in writer.modules.values()
+            for path, part in parts.items()
+        ),
+    }
+    return settings, modules
+
+
+def _embeds(layer):
+    return isinstance(kernel_of(layer), EmbeddingKernel)
+
+
+def _combined(writer, parts):
+    """`(a, b, scale)` of a whole HF module from the layers it is made of.
+
+    Layers with different `A` become blocks: their ranks add up.
+    """
+    pieces = []
+    for path, part in parts.items():
+        if path in writer.leaves:
+            a, b = _low_rank(writer.leaves[path])
+            pieces.append((part, a, b, writer.method.scale_of(path)))
+    scales = {scale for *_, scale in pieces}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    _, first, _, _ = pieces[0]
+    shared = not scales and all(np.array_equal(a, first) for _, a, *_ in pieces)
+    inputs, outputs = pieces[0][0].sizes
+    rank = sum(p[1].shape[1] for p in pieces[: 1 if shared else None])
+    whole_a = np.zeros((inputs, rank), "float32")
+    whole_b = np.zeros((rank, outputs), "float32")
+    start = 0
+    for part, a, b, own in pieces:
+        ranks = np.arange(start, start + a.shape[1])
+        whole_a[np.ix_(part.inputs, ranks)] = a
+        whole_b[np.ix_(ranks, part.outputs)] = b * np.float32(own / scale)
+        start += 0 if shared else a.shape[1]
+    return whole_a, whole_b, scale
+
+
+def _low_rank(leaf):
+    """`A` and `B`; a residual start takes as many ranks again."""
+    w = {key: ops.convert_to_numpy(v) for key, v in leaf.parameters.items()}
+    a, b = w["lora_kernel_a"], w["lora_kernel_b"]
+    if "lora_initial_a" in w:
+        a = np.concatenate([a, w["lora_initial_a"]], axis=1)
+        b = np.concatenate([b, -w["lora_initial_b"]], axis=0)
+    return a, b
+
+
+def _tensors(writer, module, parts, a, b):
+    path, part = next(iter(parts.items()))
+    layer, rank, taps = writer.names.layers[path], a.shape[1], part.shape[2:]
+    if getattr(layer, "groups", 1) != 1:
+        writer.wrong.append(f"`{path}` is a convolution in groups")
+    first, second = _suffixes(layer)
+    ones = (1,) * len(taps)
+    a_shape = (rank, part.shape[1], *taps) if taps else (rank, -1)
+    tensors = {
+        first: a.T.reshape(a_shape),
+        second: b.T.reshape(-1, rank, *ones),
+    }
+    if writer.method.decompose:
+        magnitude = _magnitude(writer, parts)
+        shape = (1, -1, *ones) if taps else (-1,)
+        tensors[_MAGNITUDE] = magnitude.reshape(shape)
+    return tensors
+
+
+def _magnitude(writer, parts):
+    """Of the whole module: an unadapted part keeps its own norms."""
+    _, outputs = next(iter(parts.values())).sizes
+    magnitude = np.zeros(outputs, "float32")
+    for path, part in parts.items():
+        leaf = writer.leaves.get(path)
+        if leaf is None:
+            kernel = kernel_of(writer.names.layers[path]).read()
+            own = np.linalg.norm(kernel, axis=0)
+        else:
+            own = ops.convert_to_numpy(leaf.lora_magnitude)
+        magnitude[part.outputs] = own
+    return magnitude
+
+
+def _write_tied(writer, modules, ranks, scales):
+    embedding = _tied_embedding(writer.names)
+    if embedding not in modules:
+        return
+    if writer.method.decompose:
+        writer.wrong.append(
+            f"`{embedding}` is tied to the output, whose columns DoRA would "
+            "scale in PEFT and whose rows it scales here"
+        )
+    first, second = (modules[embedding][key] for key in _EMBEDDING)
+    modules[OUTPUT] = dict(zip(_LINEAR, (second.T, first.T), strict=True))
+    ranks[OUTPUT], scales[OUTPUT] = ranks[embedding], scales[embedding]
