@@ -189,6 +189,9 @@ class LoRAAdapter(KernelAdapter):
             # would lose the small changes of them that DoRA learns.
             cast = key != "lora_magnitude"
             setattr(self, key, self.weight(key, shape, trainable, cast))
+        for factor in (self.lora_kernel_a, self.lora_kernel_b):
+            # Optimizers ask it for the other factor and the scale.
+            factor.adapter = self
         if self.decompose:
             shape = shapes["lora_magnitude"]
             self.square_norm = self.weight("square_norm", shape, False, False)
