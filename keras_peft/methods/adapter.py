@@ -53,13 +53,14 @@ class Adapter(keras.Layer):
         for key, shape in shapes.items():
             setattr(self, key, self.weight(key, shape))
 
-    def weight(self, name, shape, trainable=True, autocast=True):
+    def weight(self, name, shape, trainable=True, autocast=True, **kwargs):
         return self.add_weight(
             name=name,
             shape=shape,
             initializer="zeros",
             trainable=trainable,
             autocast=autocast,
+            **kwargs,
         )
 
     @property
@@ -126,10 +127,15 @@ class VariableAdapter(Adapter):
     adapter's weight of the same shape.
     """
 
-    def __init__(self, layer, variables, name):
-        """`variables`: `{weight: variable of the layer}`."""
-        self.changed = list(variables.values())
-        shapes = {key: v.shape for key, v in variables.items()}
+    def __init__(self, layer, variables, name, shapes=None):
+        """`variables`: `{weight: variable of the layer}`.
+
+        `shapes` are those of the adapter's weights, where they are others.
+        """
+        # Not tracked: they are the layer's variables, and not the adapter's.
+        object.__setattr__(self, "changed", list(variables.values()))
+        if shapes is None:
+            shapes = {key: v.shape for key, v in variables.items()}
         super().__init__(layer, shapes, name)
 
     def additions(self):

@@ -10,8 +10,8 @@ from keras_peft.kernels import EmbeddingKernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.adapter import KernelAdapter
 from keras_peft.methods.method import Method
-from keras_peft.patterns import check_pattern
-from keras_peft.patterns import path_matches
+from keras_peft.methods.settings import Ranked
+from keras_peft.methods.settings import rank_objection
 
 _SCALINGS = ("standard", "rank_stabilized")
 # These start from a part of the kernel itself.
@@ -20,7 +20,7 @@ _INITS = ("default", "gaussian", "orthogonal", *_RESIDUAL_INITS)
 
 
 @keras.saving.register_keras_serializable(package="keras_peft")
-class LoRA(Method):
+class LoRA(Ranked, Method):
     """Low-rank adaptation: `kernel + scale * A @ B`.
 
     The kernel is seen as one matrix of shape `(inputs, outputs)`, whatever its
@@ -91,23 +91,12 @@ class LoRA(Method):
         self._check()
 
     def _check(self):
-        ranks = [self.rank, *(self.rank_pattern or {}).values()]
-        for rank in ranks:
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(
-                    "`rank` must be a positive integer; 4 to 16 is usual. "
-                    f"Received: rank={rank!r}"
-                )
+        self.check_ranks(usual="4 to 16")
+        for rank in self.ranks():
             if self.init == "orthogonal" and rank % 2:
                 raise ValueError(
                     "`init='orthogonal'` needs an even rank, half of it for "
                     f"`A` and half for `B`. Received: rank={rank}"
-                )
-        for alpha in [self.alpha, *(self.alpha_pattern or {}).values()]:
-            if alpha is not None and not 0 < alpha < math.inf:
-                raise ValueError(
-                    "`alpha` must be a positive number, or `None` for the "
-                    f"rank. Received: alpha={alpha!r}"
                 )
         if not 0 <= self.dropout < 1:
             raise ValueError(
@@ -120,33 +109,14 @@ class LoRA(Method):
                     f"`{name}` must be one of {', '.join(map(repr, known))}. "
                     f"Received: {name}={getattr(self, name)!r}"
                 )
-        for pattern in (self.rank_pattern or {}) | (self.alpha_pattern or {}):
-            check_pattern(pattern)
-
-    @property
-    def patterns(self):
-        """Patterns that must each match a layer of the model."""
-        return [*(self.rank_pattern or {}), *(self.alpha_pattern or {})]
-
-    def rank_of(self, path):
-        return _by_pattern(self.rank_pattern, path, self.rank)
 
     def scale_of(self, path):
-        rank = self.rank_of(path)
-        alpha = _by_pattern(self.alpha_pattern, path, self.alpha)
-        alpha = rank if alpha is None else alpha
-        root = math.sqrt(rank) if self.scaling == "rank_stabilized" else rank
-        return alpha / root
+        if self.scaling == "rank_stabilized":
+            return self.alpha_of(path) / math.sqrt(self.rank_of(path))
+        return super().scale_of(path)
 
     def objection(self, path, layer):
-        kernel = kernel_of(layer)
-        rank, limit = self.rank_of(path), min(kernel.inputs, kernel.outputs)
-        if rank > limit:
-            return (
-                f"rank {rank} is larger than its kernel of "
-                f"[{kernel.inputs}, {kernel.outputs}] allows ({limit})"
-            )
-        return None
+        return rank_objection(self.rank_of(path), layer)
 
     def shapes(self, path, layer):
         kernel, rank = kernel_of(layer), self.rank_of(path)
@@ -160,13 +130,6 @@ class LoRA(Method):
 
     def create(self, path, layer, name):
         return LoRAAdapter(self, path, layer, name)
-
-
-def _by_pattern(patterns, path, default):
-    for pattern, value in (patterns or {}).items():
-        if path_matches(pattern, path):
-            return value
-    return default
 
 
 class LoRAAdapter(KernelAdapter):
