@@ -66,6 +66,9 @@ _HEADS = {
 }
 _HEAD = {"output_dense": "classifier"}
 
+# The output of a language model, which may be tied to its embedding.
+OUTPUT = "lm_head"
+
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -176,7 +179,7 @@ class Names:
     def live(self, module: str) -> str:
         """A module as the HF class that matches the model calls it."""
         module = self.renamed(module)
-        outside = module in self.heads.values() or module == "lm_head"
+        outside = module in self.heads.values() or module == OUTPUT
         if outside or not self.wrapped:
             return module
         return f"{self.prefix}.{module}"
@@ -218,6 +221,20 @@ class Names:
 
     def _allowed(self, words):
         return {*words} <= {self.prefix, "model", "language_model"}
+
+    @functools.cached_property
+    def tied(self) -> str | None:
+        """The module of an embedding that is a language model's output too."""
+        if self.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+            return None
+        for path, key in self.kernels.items():
+            layer = self.layers[path]
+            if (
+                isinstance(layer, keras.layers.ReversibleEmbedding)
+                and layer.tie_weights
+            ):
+                return key.removesuffix(".weight")
+        return None
 
     def weights(self, tensor: str, shape: tuple[int, ...]) -> list[Weight]:
         """What a HF tensor of that shape is made of; empty if that is unknown.

@@ -17,9 +17,12 @@ import numpy as np
 from keras_peft import adapter_state
 from keras_peft import peft_files
 from keras_peft import peft_lora
+from keras_peft.check_base import warn_of_base
 from keras_peft.hf_layout import Part
+from keras_peft.hf_names import OUTPUT
 from keras_peft.hf_names import Names
 from keras_peft.methods.method import Method
+from keras_peft.patterns import lies_in
 from keras_peft.patterns import nearest
 from keras_peft.targets import find_head
 
@@ -105,15 +108,20 @@ def read(model: keras.Model, folder: Path) -> Adapter:
     wrong = peft_files.unknown_settings(config, codec.KNOWN)
     reader = Reader(config, names, {}, wrong)
     rest = _sort(reader, codec, peft_files.read_tensors(folder))
-    head, tensors = _read_head(reader, model, rest)
+    head, head_values = _read_head(reader, model, rest)
     wrong += _missing(reader)
     found = codec.read(reader)
     if wrong or found is None:
         raise ValueError(mismatch(folder, wrong))
     method, adapters = found
+    # A head that carries an adapter itself does not train in full.
+    head = [h for h in head if not any(lies_in(path, [h]) for path in adapters)]
+    variables = adapter_state.variables_below(names.layers, head)
+    tensors = {f"head:{key}": head_values[key] for key in variables}
     for path, weights in adapters.items():
         tensors |= {f"{path}.{key}": value for key, value in weights.items()}
     paths = [path for path in names.layers if path in adapters]
+    warn_of_base(model, config.get("base_model_name_or_path"))
     return Adapter(method, paths, head, tensors)
 
 
@@ -143,7 +151,7 @@ def _sort(reader, codec, tensors):
 def _output(names, name):
     """A language model's output: no layer of its own, but a codec's matter."""
     has_output = names.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-    return "lm_head" if has_output and name.endswith("lm_head") else None
+    return OUTPUT if has_output and name.endswith(OUTPUT) else None
 
 
 def _missing(reader):
@@ -157,7 +165,7 @@ def _missing(reader):
 
 
 def _read_head(reader, model, rest):
-    """`(head, {"head:...": array})` from copies of whole modules."""
+    """`(head, {variable: array})` from copies of whole modules."""
     names, values = reader.names, {}
     adapted = adapter_state.is_adapted(model)
     head = list(model.peft.head) if adapted else find_head(model)
@@ -178,7 +186,7 @@ def _read_head(reader, model, rest):
                 head.append(weight.path)
     variables = adapter_state.variables_below(names.layers, head)
     return head, {
-        f"head:{key}": values.get(id(variable), numpy(variable))
+        key: values.get(id(variable), numpy(variable))
         for key, variable in variables.items()
     }
 
@@ -187,6 +195,8 @@ def _check_base_layer(reader, name, value):
     """PEFT saves the base of an adapted embedding; it must be ours."""
     module, _, parameter = name.replace(".base_layer", "").rpartition(".")
     module = reader.names.find(module) or module
+    if module == OUTPUT and reader.names.tied:
+        module = reader.names.tied
     for weight in reader.names.weights(f"{module}.{parameter}", value.shape):
         ours, theirs = numpy(weight.variable), value.ravel()[weight.entries]
         # Eight bits are what bfloat16 keeps.

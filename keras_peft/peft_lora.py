@@ -13,8 +13,8 @@ import numpy as np
 from keras import ops
 
 from keras_peft import peft_files
+from keras_peft.hf_names import OUTPUT
 from keras_peft.kernels import EmbeddingKernel
-from keras_peft.kernels import ReversibleEmbeddingKernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.lora import LoRA
 
@@ -23,8 +23,6 @@ METHOD = LoRA
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _MAGNITUDE = "lora_magnitude_vector"
-# The output of a language model, which may be tied to its embedding.
-OUTPUT = "lm_head"
 SUFFIXES = (*_EMBEDDING, *_LINEAR, _MAGNITUDE, "lora_B.bias")
 # Settings that `read` follows, or that only matter while PEFT trains.
 KNOWN = (
@@ -206,22 +204,9 @@ def _common(values):
 # -- The output that is tied to an embedding ---------------------------------
 
 
-def _tied_embedding(names):
-    """The module of the embedding that is a language model's output too."""
-    for path, layer in names.layers.items():
-        if (
-            names.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-            and path in names.kernels
-            and isinstance(kernel_of(layer), ReversibleEmbeddingKernel)
-            and layer.tie_weights
-        ):
-            return names.kernels[path].removesuffix(".weight")
-    return None
-
-
 def _check_tied(reader):
     """Here a tied matrix has one adapter; PEFT gives its two uses two."""
-    embedding = _tied_embedding(reader.names)
+    embedding = reader.names.tied
     output = reader.modules.get(OUTPUT)
     if embedding is None:
         if output is not None:
@@ -362,7 +347,7 @@ def _magnitude(writer, parts):
 
 
 def _write_tied(writer, modules, ranks, scales):
-    embedding = _tied_embedding(writer.names)
+    embedding = writer.names.tied
     if embedding not in modules:
         return
     if writer.method.decompose:

@@ -284,6 +284,20 @@ def ours(name, folder):
     return kind(backbone=backbone, preprocessor=None, **classes)
 
 
+def copy_head(base, model):
+    """Gives a classifier its peer's head, which keras-hub may not read."""
+    state = {key: value.numpy() for key, value in base.state_dict().items()}
+    for module, attribute in (
+        ("classifier", "output_dense"),
+        ("pre_classifier", "pooled_dense"),
+        ("classifier.dense", "pooled_dense"),
+        ("classifier.out_proj", "output_dense"),
+    ):
+        if f"{module}.weight" in state:
+            weights = state[f"{module}.weight"].T, state[f"{module}.bias"]
+            getattr(model, attribute).set_weights(weights)
+
+
 def inputs(name):
     """`{name: array}` for the peer."""
     rng = np.random.default_rng(3)

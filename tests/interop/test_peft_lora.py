@@ -16,11 +16,15 @@ from safetensors.numpy import load_file
 import keras_peft
 from keras_peft import LoRA
 
-pytestmark = [
+QUIET = [
     # What each tells the other, or its users, of their own changes.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    # What most models of a family have: not these.
+    pytest.mark.filterwarnings("ignore:The base of the adapter:UserWarning"),
 ]
+
+pytestmark = QUIET
 
 
 def task(family):
