@@ -21,16 +21,24 @@ from keras_peft.low_rank import LowRankReport
 from keras_peft.merge import MergeReport
 from keras_peft.merge import merge
 from keras_peft.merge import unmerge
+from keras_peft.methods.adapter_plus import AdapterPlus
+from keras_peft.methods.bottleneck import BottleneckAdapter
+from keras_peft.methods.compacter import Compacter
 from keras_peft.methods.lora import LoRA
+from keras_peft.methods.reft import ReFT
 from keras_peft.summary import summary
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterCheckpoint",
+    "AdapterPlus",
+    "BottleneckAdapter",
+    "Compacter",
     "LoRA",
     "LowRankReport",
     "MergeReport",
+    "ReFT",
     "adapt",
     "combine_adapters",
     "disabled",

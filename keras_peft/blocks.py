@@ -71,6 +71,10 @@ class Block:
     feed_forward_output: str | None
 
     @property
+    def paths(self) -> list[str | None]:
+        return [self.path]
+
+    @property
     def keys(self) -> list[str | None]:
         return [attention.key for attention in self.attention]
 
@@ -122,6 +126,15 @@ def find_blocks(layers: Mapping[str, keras.Layer]) -> list[Block]:
             held.setdefault(block, []).append(path)
     blocks = [_block(layers, path, inside) for path, inside in held.items()]
     return [block for block in blocks if block is not None]
+
+
+def block_of(layer: keras.Layer) -> Block | None:
+    """The `Block` that `layer` is, its paths beginning with `block`."""
+    if isinstance(layer, keras.Model) or not layer.built:
+        return None
+    below = {f"block.{path}": la for path, la in layer_tree.walk(layer)}
+    found = find_blocks({"block": layer, **below})
+    return next((block for block in found if block.path == "block"), None)
 
 
 def _block_around(path, layers, matrices):

@@ -4,6 +4,9 @@ import dataclasses
 import warnings
 from typing import Any
 
+import keras
+import numpy as np
+
 _SIZES = dict(
     vocabulary_size=20, num_layers=2, hidden_dim=8, intermediate_dim=12
 )
@@ -171,3 +174,31 @@ BACKBONES = {
         _HEADS | dict(embedding_dim=8, max_sequence_length=8),
     ),
 }
+
+
+def inputs(model, samples=2, tokens=6):
+    """Random inputs for a backbone, with a padded row where it takes a mask."""
+    rng = np.random.default_rng(3)
+
+    def of(spec):
+        shape = [tokens if n is None else n for n in spec.shape[1:]]
+        name = spec.name
+        if name.endswith("padding_mask"):
+            mask = np.ones((samples, *shape), "int32")
+            mask[0, tokens - 2 :] = 0
+            return mask
+        if name.endswith("segment_ids"):
+            return np.zeros((samples, *shape), "int32")
+        if name.endswith("token_ids"):
+            return rng.integers(1, 20, (samples, *shape)).astype("int32")
+        return rng.normal(size=(samples, *shape)).astype("float32")
+
+    return keras.tree.map_structure(of, model.input)
+
+
+def outputs(model, given):
+    """What a backbone computes, as one float32 array."""
+    found = keras.tree.flatten(model(given, training=False))
+    return np.concatenate(
+        [keras.ops.convert_to_numpy(o).ravel() for o in found]
+    )

@@ -63,6 +63,13 @@ def _lora(**settings):
     return lambda: keras_peft.LoRA(rank=2, **settings)
 
 
+def _in_blocks(make, **promises):
+    """A method of networks inside transformer blocks."""
+    models = ("bert-classifier", "gpt2", "llama", "vit")
+    promises |= dict(refuses=("",), mergeable=False, models=models)
+    return Method(make, **promises)
+
+
 METHODS = {
     "lora": Method(_lora(), merged=lora, slice=True),
     "lora-alpha": Method(_lora(alpha=5), merged=lora),
@@ -87,6 +94,30 @@ METHODS = {
         merged=dora,
         slice=True,
     ),
+    "bottleneck": _in_blocks(lambda: keras_peft.BottleneckAdapter(reduction=2)),
+    "bottleneck-double": _in_blocks(
+        lambda: keras_peft.BottleneckAdapter(
+            reduction=2, activation="gelu", placement="double"
+        )
+    ),
+    "bottleneck-parallel": _in_blocks(
+        lambda: keras_peft.BottleneckAdapter(
+            reduction=2, placement="parallel", scale=4.0
+        )
+    ),
+    # Starts near the identity.
+    "adapter-plus": _in_blocks(
+        lambda: keras_peft.AdapterPlus(rank=2), identity=False
+    ),
+    "compacter": _in_blocks(
+        lambda: keras_peft.Compacter(reduction=2, num_terms=2)
+    ),
+    # Starts as a difference of equal matrices, computed twice.
+    "reft": _in_blocks(
+        lambda: keras_peft.ReFT(rank=2, prefix_positions=1, suffix_positions=2),
+        exact_start=False,
+    ),
+    "direft": _in_blocks(lambda: keras_peft.ReFT(rank=2, variant="direft")),
 }
 
 # -- Layers ------------------------------------------------------------------
