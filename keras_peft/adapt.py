@@ -74,6 +74,7 @@ def adapt(
             raise ValueError(no_match(candidates, [], targets))
     else:
         paths = select(candidates, targets)
+    method = method.for_layers(candidates, paths)
     _check_patterns(candidates, method, paths)
     layers = layer_tree.layers_by_path(model)
     check_layers({path: layers[path] for path in paths}, method)

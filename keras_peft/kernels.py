@@ -60,9 +60,49 @@ class DenseKernel:
         """`scale * inputs @ a @ b`: the product `a @ b` is never formed."""
         return self.up(ops.multiply(self.down(inputs, a), scale), b)
 
+    def product(self, inputs, kernel):
+        """What the layer computes, bias aside, with `kernel` for its own."""
+        return _matmul(inputs, kernel)
+
+    def as_kernel(self, matrix):
+        """A tensor of shape `(inputs, outputs)` in the kernel's own shape."""
+        return ops.reshape(matrix, self.variable.shape)
+
+    def rows(self, inputs):
+        """The inputs, the rows' channels as one last axis."""
+        return inputs
+
+    def from_rows(self, rows):
+        """The outputs, of which `rows` has the columns' as one last axis."""
+        return rows
+
+    @property
+    def rows_are_inputs(self):
+        """Whether each row of the matrix is one channel of the inputs.
+
+        Then a change of the rows is one of the inputs: see `map_inputs`.
+        """
+        return True
+
+    @property
+    def columns_share_inputs(self):
+        """Whether all outputs see the same inputs, so that columns can mix."""
+        return True
+
+    def map_inputs(self, inputs, function):
+        """`function` of the inputs, while the rows' channels lie last."""
+        return function(inputs)
+
+    def map_outputs(self, outputs, function):
+        """`function` of the outputs, while the columns' channels lie last."""
+        return function(outputs)
+
     def scale_outputs(self, outputs, factor):
         """Multiplies each output channel by its entry of `factor`."""
         return ops.multiply(outputs, factor)
+
+    def bias_objection(self):
+        """Why the bias is not one entry per column, or `None` if it is."""
 
     def without_bias(self, outputs):
         if self.bias is None:
@@ -141,10 +181,59 @@ class EinsumKernel(DenseKernel):
             f"{kept}{self.rank_letter},{weight}->{self.out}", hidden, b
         )
 
+    def product(self, inputs, kernel):
+        return ops.einsum(self.layer.equation, inputs, kernel)
+
+    def as_kernel(self, matrix):
+        shape = self.contracted_shape + self.free_shape
+        return ops.transpose(ops.reshape(matrix, shape), self.from_axes)
+
+    def rows(self, inputs):
+        kept = "".join(c for c in self.into if c not in self.contracted)
+        order = kept + "".join(self.contracted)
+        if order != self.into:
+            inputs = ops.einsum(f"{self.into}->{order}", inputs)
+        shape = ops.shape(inputs)[: -len(self.contracted)]
+        return ops.reshape(inputs, (*shape, self.inputs))
+
+    def from_rows(self, rows):
+        kept = "".join(c for c in self.into if c not in self.contracted)
+        order = kept + "".join(self.free)
+        shape = (*ops.shape(rows)[:-1], *self.free_shape)
+        outputs = ops.reshape(rows, shape)
+        if order == self.out:
+            return outputs
+        return ops.einsum(f"{order}->{self.out}", outputs)
+
+    def map_inputs(self, inputs, function):
+        return _map_last(inputs, self.into, self.contracted, function)
+
+    def map_outputs(self, outputs, function):
+        return _map_last(outputs, self.out, self.free, function)
+
     def scale_outputs(self, outputs, factor):
         factor = ops.reshape(factor, self.free_shape)
         free = "".join(self.free)
         return ops.einsum(f"{self.out},{free}->{self.out}", outputs, factor)
+
+    def bias_objection(self):
+        axes = self.layer.bias_axes
+        if axes and [c for c in self.out if c in axes] != self.free:
+            return (
+                f"its bias lies along the axes {axes!r} of "
+                f"{self.layer.equation!r}, and not along {''.join(self.free)!r}"
+            )
+        return None
+
+
+def _map_last(x, axes, last, function):
+    """`function` of `x`, its axes `last` as one and at the end."""
+    order = "".join(c for c in axes if c not in last) + "".join(last)
+    moved = x if order == axes else ops.einsum(f"{axes}->{order}", x)
+    shape = ops.shape(moved)
+    moved = ops.reshape(moved, (*shape[: len(shape) - len(last)], -1))
+    moved = ops.reshape(function(moved), shape)
+    return moved if order == axes else ops.einsum(f"{order}->{axes}", moved)
 
 
 class ConvKernel(DenseKernel):
@@ -161,26 +250,47 @@ class ConvKernel(DenseKernel):
         self.channels_last = layer.data_format == "channels_last"
 
     def down(self, inputs, a):
-        groups, layer = self.layer.groups, self.layer
         a = ops.reshape(a, (*self.taps, -1))
-        if groups > 1:
-            a = ops.concatenate([a] * groups, axis=-1)
-        padding = layer.padding
+        if self.layer.groups > 1:
+            a = ops.concatenate([a] * self.layer.groups, axis=-1)
+        hidden = self.product(inputs, a)
+        return hidden if self.channels_last else ops.moveaxis(hidden, 1, -1)
+
+    def product(self, inputs, kernel):
+        layer, padding = self.layer, self.layer.padding
         if padding == "causal":
             past = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
             steps = 1 if self.channels_last else 2
             pad = [(past, 0) if axis == steps else (0, 0) for axis in range(3)]
             inputs = ops.pad(inputs, pad)
             padding = "valid"
-        hidden = ops.conv(
+        return ops.conv(
             inputs,
-            a,
+            kernel,
             strides=list(layer.strides),
             padding=padding,
             dilation_rate=layer.dilation_rate,
             data_format=layer.data_format,
         )
-        return hidden if self.channels_last else ops.moveaxis(hidden, 1, -1)
+
+    @property
+    def rows_are_inputs(self):
+        return math.prod(self.taps[:-1]) == self.layer.groups == 1
+
+    @property
+    def columns_share_inputs(self):
+        return self.layer.groups == 1
+
+    def map_inputs(self, inputs, function):
+        return self._map_channels(inputs, function)
+
+    def map_outputs(self, outputs, function):
+        return self._map_channels(outputs, function)
+
+    def _map_channels(self, x, function):
+        if self.channels_last:
+            return function(x)
+        return ops.moveaxis(function(ops.moveaxis(x, 1, -1)), -1, 1)
 
     def up(self, hidden, b):
         groups = self.layer.groups
@@ -226,11 +336,23 @@ class DepthwiseKernel(ConvKernel):
         self.inputs = math.prod(self.taps)
         self.outputs = channels * multiplier
 
+    @property
+    def rows_are_inputs(self):
+        return False
+
+    @property
+    def columns_share_inputs(self):
+        return False
+
     def low_rank(self, inputs, a, b, scale):
+        kernel = ops.matmul(a * scale, b)
+        return self.product(inputs, ops.reshape(kernel, self.variable.shape))
+
+    def product(self, inputs, kernel):
         layer = self.layer
         return ops.depthwise_conv(
             inputs,
-            ops.reshape(ops.matmul(a * scale, b), layer.kernel.shape),
+            kernel,
             strides=layer.strides,
             padding=layer.padding,
             dilation_rate=layer.dilation_rate,
@@ -248,6 +370,10 @@ class EmbeddingKernel(DenseKernel):
     @property
     def bias(self):
         return None
+
+    @property
+    def rows_are_inputs(self):
+        return False
 
     def down(self, inputs, a):
         return ops.take(a, ops.cast(inputs, "int32"), axis=0)
@@ -284,6 +410,12 @@ def has_kernel(layer):
     except TypeError:  # One matrix per expert, for example.
         return False
     return True
+
+
+def multiplies(layer):
+    """Whether a built layer multiplies its inputs by such a kernel."""
+    embeds = isinstance(layer, keras.layers.Embedding)
+    return has_kernel(layer) and not embeds
 
 
 def kernel_of(layer):

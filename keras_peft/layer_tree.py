@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import keras
 import numpy as np
+from keras.src.backend import AutocastScope
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 from keras.src.saving.object_registration import GLOBAL_CUSTOM_NAMES
@@ -124,6 +125,11 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     return [v for v in variables if not is_generator(v)]
 
 
+def learned_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """Of these, what was made to be trained, frozen or not: no statistics."""
+    return list(layer._trainable_variables)
+
+
 def is_generator(variable: keras.Variable) -> bool:
     """Whether a variable is the state of a random generator."""
     return "seed_generator" in variable.path
@@ -158,7 +164,7 @@ class AdaptedLayer:
 
     def _call_kernel(self, *args, **kwargs):
         adapters = self._adapters_of(KernelAdapter)
-        if not adapters:
+        if not adapters and not self.after_kernel:
             return self._call_base(*args, **kwargs)
         # Keras passes the inputs by position, and layers call them so too.
         inputs, *args = args
@@ -166,12 +172,11 @@ class AdaptedLayer:
         if isinstance(self, keras.layers.ReversibleEmbedding):
             reverse = kwargs.get("reverse", args[0] if args else False)
             if reverse and not self.tie_weights:
-                outputs = self._call_base(inputs, *args, **kwargs)
-                return self._after_kernel(outputs, reverse)
+                adapters = []
         outputs, changed = self._add_changes(
             adapters, inputs, args, kwargs, reverse
         )
-        if keras.backend.backend() == "jax":
+        if adapters and keras.backend.backend() == "jax":
             changed = _computed_once(changed, adapters[-1].strength)
         changed = self._after_kernel(changed, reverse)
         mask = get_keras_mask(outputs)
@@ -185,27 +190,52 @@ class AdaptedLayer:
         adding = [adapter for adapter in adapters if not adapter.on_inputs]
         moved = inputs
         for adapter in moving:
-            moved = moved + adapter(inputs)
+            moved = moved + self._in_rows(adapter, adapter(inputs))
         changed = outputs = self._call_base(moved, *args, **kwargs)
-        if moving and adding:
+        if adding and (moving or self._adapters_of(VariableAdapter)):
             # Each change is one of the base, and not of another's outputs.
-            outputs = self._call_base(inputs, *args, **kwargs)
+            outputs = super().call(inputs, *args, **kwargs)
         for adapter in adding:
-            changed = changed + adapter(inputs, outputs, reverse=reverse)
+            change = adapter(inputs, outputs, reverse=reverse)
+            changed = changed + self._in_rows(adapter, change)
         return outputs, changed
 
+    def _in_rows(self, adapter, change):
+        """`change` in those rows of the batch that belong to `adapter`."""
+        if adapter.rows is None:
+            return change
+        if self._get_call_context().get_value("training"):
+            raise ValueError(
+                "Rows with adapters of their own are for inference. Leave the "
+                "`with keras_peft.adapter_names(...)` block before training. "
+                f"Received: training=True in layer {self.name!r}"
+            )
+        count, (size, *rest) = len(adapter.rows), change.shape
+        if size != count:
+            raise ValueError(
+                f"`adapter_names` named {count} rows, but the first axis of "
+                f"what {self.name!r} computes is {size}. Call the model, or "
+                "its `predict_on_batch`, on as many rows as there are names. "
+                f"Received: a change of shape {tuple(change.shape)}"
+            )
+        rows = adapter.rows.reshape(count, *(1 for _ in rest))
+        return change * keras.ops.cast(rows, change.dtype)
+
     def _call_base(self, *args, **kwargs):
+        """The layer's own call, with the variables that adapters change."""
         adapters = self._adapters_of(VariableAdapter)
         if not adapters:
             return super().call(*args, **kwargs)
-        # Inside, only this scope is asked for values: it has to know all.
-        own = {id(v): (v, v.value) for v in own_variables(self)}
-        for adapter in adapters:
-            for variable, added in adapter.additions():
-                _, value = own[id(variable)]
-                added = keras.ops.cast(added, value.dtype)
-                own[id(variable)] = variable, value + added
-        with keras.StatelessScope(state_mapping=list(own.values())):
+        # Added up as `merge` does, before the layer casts what it reads.
+        with AutocastScope(None):
+            # Only the scope below is asked for values: it has to know all.
+            own = {id(v): (v, v.value) for v in own_variables(self)}
+            for adapter in adapters:
+                for variable, added in adapter.additions():
+                    total = keras.ops.cast(own[id(variable)][1], "float32")
+                    own[id(variable)] = variable, total + added
+        values = [(v, keras.ops.cast(x, v.dtype)) for v, x in own.values()]
+        with keras.StatelessScope(state_mapping=values):
             return super().call(*args, **kwargs)
 
     def _after_kernel(self, outputs, reverse):
@@ -421,6 +451,12 @@ def plain(model: keras.Layer) -> Iterator[None]:
 def start_at_epoch(model: keras.Model, epoch: int) -> None:
     """Lets a `fit` that has begun go on with another epoch."""
     model._initial_epoch = epoch
+
+
+def drop_variables(optimizer: keras.Optimizer, variables: list) -> None:
+    """Takes variables off an optimizer that were added to it."""
+    for variable in variables:
+        optimizer._tracker.untrack(variable)
 
 
 def forget_compiled(model: keras.Layer, optimizer: bool = True) -> None:

@@ -18,6 +18,9 @@ class Method:
     # Patterns over layer paths that must each match an adapted layer.
     patterns = ()
 
+    def __init__(self):
+        """Most methods have settings; these have none."""
+
     def accepts(self, layer):
         """Whether a built layer is of a kind that the method can adapt."""
         return has_kernel(layer)
@@ -25,6 +28,13 @@ class Method:
     def default_targets(self, candidates):
         """Paths of what is adapted where the user names no targets."""
         return candidates.default()
+
+    def for_layers(self, candidates, paths):
+        """These settings, with what they leave open chosen for the model.
+
+        Called once, by `adapt`, for the paths that will carry the adapter.
+        """
+        return self
 
     def objection(self, path, layer):
         """Why the layer at `path` cannot take this method, or `None`."""
