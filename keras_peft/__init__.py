@@ -9,6 +9,7 @@
 
 from keras_peft import export
 from keras_peft import layers
+from keras_peft import optimizers
 from keras_peft.adapt import adapt
 from keras_peft.adapt import disabled
 from keras_peft.adapt import remove
@@ -16,39 +17,84 @@ from keras_peft.adapt import set_adapter
 from keras_peft.adapter_io import load_adapter
 from keras_peft.adapter_io import save_adapter
 from keras_peft.callbacks import AdapterCheckpoint
+from keras_peft.check_base import check_base
 from keras_peft.combine import combine_adapters
+from keras_peft.convert import extract_lora
+from keras_peft.convert import to_lora
 from keras_peft.low_rank import LowRankReport
 from keras_peft.merge import MergeReport
 from keras_peft.merge import merge
 from keras_peft.merge import unmerge
+from keras_peft.methods.adalora import AdaLoRA
 from keras_peft.methods.adapter_plus import AdapterPlus
+from keras_peft.methods.bias_tuning import BiasTuning
+from keras_peft.methods.boft import BOFT
 from keras_peft.methods.bottleneck import BottleneckAdapter
 from keras_peft.methods.compacter import Compacter
+from keras_peft.methods.hra import HRA
+from keras_peft.methods.ia3 import IA3
+from keras_peft.methods.loha import LoHa
+from keras_peft.methods.lokr import LoKr
 from keras_peft.methods.lora import LoRA
+from keras_peft.methods.miss import MiSS
+from keras_peft.methods.norm_tuning import NormTuning
+from keras_peft.methods.oft import OFT
+from keras_peft.methods.p_tuning import PTuning
+from keras_peft.methods.prefix_tuning import PrefixTuning
+from keras_peft.methods.prompt_tuning import PromptTuning
 from keras_peft.methods.reft import ReFT
+from keras_peft.methods.road import RoAd
+from keras_peft.methods.shira import SHiRA
+from keras_peft.methods.token_tuning import TokenTuning
+from keras_peft.methods.vera import VeRA
+from keras_peft.methods.visual_prompt_tuning import VisualPromptTuning
+from keras_peft.rank_allocation import RankAllocator
 from keras_peft.summary import summary
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "AdapterCheckpoint",
     "AdapterPlus",
+    "BOFT",
+    "BiasTuning",
     "BottleneckAdapter",
     "Compacter",
+    "HRA",
+    "IA3",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LowRankReport",
     "MergeReport",
+    "MiSS",
+    "NormTuning",
+    "OFT",
+    "RankAllocator",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "ReFT",
+    "RoAd",
+    "SHiRA",
+    "TokenTuning",
+    "VeRA",
+    "VisualPromptTuning",
     "adapt",
+    "check_base",
     "combine_adapters",
     "disabled",
     "export",
+    "extract_lora",
     "layers",
     "load_adapter",
     "merge",
+    "optimizers",
     "remove",
     "save_adapter",
     "set_adapter",
     "summary",
+    "to_lora",
     "unmerge",
 ]

@@ -33,6 +33,8 @@ class Method:
     mergeable: bool = True
     # Whether its start values leave a model as it was.
     identity: bool = True
+    # Whether both formulas take the taps of the kernel, as `taps`.
+    by_tap: bool = False
     # Small models, of those in `models.py`, to adapt by default targets.
     models: tuple[str, ...] = ("bert-classifier", "gpt2")
     slice: bool = False
@@ -57,6 +59,194 @@ def residual(kernel, settings, lora_initial_a, lora_initial_b, **factors):
     """PiSSA's Eq. 5: the kernel less its start, plus what it became."""
     start = lora(0.0, settings, lora_initial_a, lora_initial_b)
     return lora(kernel - start, settings, **factors)
+
+
+def ia3(kernel, settings, ia3_scale):
+    """Section 3.3 of the IA3 paper: outputs are scaled, or inputs."""
+    return kernel * (ia3_scale[:, None] if settings.feedforward else ia3_scale)
+
+
+def ia3_bias(bias, settings, ia3_scale):
+    return bias if settings.feedforward else bias * ia3_scale
+
+
+def cayley(skew):
+    """(I - Q) (I + Q)^-1."""
+    identity = np.eye(len(skew))
+    return (identity - skew) @ np.linalg.inv(identity + skew)
+
+
+def neumann(skew, terms):
+    """OFTv2's Eq. 4, of which the last term counts once."""
+    powers = [np.linalg.matrix_power(skew, k) for k in range(terms)]
+    return powers[0] + 2 * sum(powers[1:-1]) + powers[-1]
+
+
+def diagonal(blocks):
+    """The block diagonal matrix."""
+    size = len(blocks[0])
+    matrix = np.zeros((len(blocks) * size,) * 2)
+    for i, block in enumerate(blocks):
+        matrix[i * size : (i + 1) * size, i * size : (i + 1) * size] = block
+    return matrix
+
+
+def oft(kernel, settings, oft_rotation):
+    """Eq. 3 of the OFT paper; `x R` is what OFTv2 computes."""
+    count = oft_rotation.shape[1]
+    size = int(1 + np.sqrt(1 + 8 * count)) // 2
+    blocks = []
+    for entries in oft_rotation:
+        skew = np.zeros((size, size))
+        skew[np.triu_indices(size, 1)] = entries
+        skew -= skew.T
+        exact = settings.cayley == "exact"
+        blocks.append(cayley(skew) if exact else neumann(skew, settings.terms))
+    if settings.block_share:
+        blocks *= len(kernel) // size
+    return diagonal(blocks) @ kernel
+
+
+def boft(kernel, settings, boft_rotation, boft_scale):
+    """Eq. 4 of the BOFT paper: block `k` of a factor acts on a butterfly."""
+    inputs, size = len(kernel), boft_rotation.shape[-1]
+    for factor, matrices in enumerate(boft_rotation):
+        skew = (matrices - matrices.swapaxes(1, 2)) / 2
+        rotation = diagonal([cayley(q) for q in skew])
+        # Halves of blocks 2**(factor - 1) blocks apart become neighbours.
+        half, apart = max(size // 2, 1), 2**factor
+        places = [
+            (start + pair + side * apart) * half + entry
+            for start in range(0, inputs // half, 2 * apart)
+            for pair in range(apart)
+            for side in (0, 1)
+            for entry in range(half)
+        ]
+        permutation = np.eye(inputs)[places] if factor else np.eye(inputs)
+        kernel = permutation.T @ rotation @ permutation @ kernel
+    return kernel * boft_scale
+
+
+def hra(kernel, settings, hra_vectors):
+    """Eq. 4 of the HRA paper: one reflection after the other."""
+    for vector in hra_vectors.T:
+        unit = vector / np.linalg.norm(vector)
+        kernel = kernel - 2 * np.outer(unit, unit @ kernel)
+    return kernel
+
+
+def road(kernel, settings, road_theta, road_alpha):
+    """Eq. 4 of the RoAd paper, pair by pair."""
+    merged = np.zeros_like(kernel)
+    size, half = settings.group_size, settings.group_size // 2
+    for i in range(kernel.shape[-1]):
+        group, place = i // size * size, i % size
+        partner = group + (place + half) % size
+        if settings.variant == 1:
+            own = cross = group // 2 + place % half
+        elif settings.variant == 2:
+            own = cross = i
+        else:
+            own, cross = 2 * group + place, 2 * group + size + place
+        sign = -1 if place < half else 1
+        merged[..., i] = (
+            road_alpha[own] * np.cos(road_theta[own]) * (kernel[..., i])
+            + sign
+            * road_alpha[cross]
+            * np.sin(road_theta[cross])
+            * (kernel[..., partner])
+        )
+    return merged
+
+
+def tokens(kernel, settings, token_change):
+    merged = kernel.copy()
+    merged[settings.token_ids] += token_change
+    return merged
+
+
+def loha(kernel, settings, loha_a1, loha_b1, loha_a2, loha_b2):
+    """Proposition 1 of the FedPara paper."""
+    scale = settings.scale_of("layer")
+    return kernel + scale * (loha_a1 @ loha_b1) * (loha_a2 @ loha_b2)
+
+
+def lokr(kernel, settings, taps, **factors):
+    """Eq. 7 of the LyCORIS paper, the same first factor at each tap."""
+    w1, w2 = (
+        factors.get(key)
+        if key in factors
+        else factors[f"{key}_a"] @ factors[f"{key}_b"]
+        for key in ("lokr_w1", "lokr_w2")
+    )
+    delta = [np.kron(w1, tap) for tap in np.split(w2, taps)]
+    return kernel + settings.scale_of("layer") * np.concatenate(delta)
+
+
+def lokr_count(rank, factor=None, both=False):
+    """Section 3.3 of the LyCORIS paper: `i1 * o1`, and `rank` or all of W2."""
+
+    def divisor(size):
+        if factor and size % factor == 0:
+            return factor
+        limit = min(factor or size, int(size**0.5))
+        return max(n for n in range(1, limit + 1) if size % n == 0)
+
+    def count(sides, taps, decomposed):
+        i, o = sides
+        thin = decomposed and rank < max(sides) / 2
+        return rank * (taps * i + o) if thin else taps * i * o
+
+    def total(i, o, taps):
+        i1, o1 = divisor(i // taps), divisor(o)
+        w2 = (i // taps // i1, o // o1)
+        return count((i1, o1), 1, both) + count(w2, taps, True)
+
+    return total
+
+
+def vera(kernel, settings, vera_lambda_d, vera_lambda_b, **projections):
+    """Eq. 2 of the VeRA paper, in the kernel's orientation."""
+    a, b = projections["vera_projection_a"], projections["vera_projection_b"]
+    return kernel + a @ np.diag(vera_lambda_d) @ b @ np.diag(vera_lambda_b)
+
+
+def miss(kernel, settings, miss_block):
+    """Eq. 4 of the MiSS paper: one block for all shards."""
+    shards = -(-len(kernel) // len(miss_block))
+    return kernel + np.tile(miss_block, (shards, 1))[: len(kernel)]
+
+
+def shira(kernel, settings, shira_values, shira_indices):
+    merged = kernel.copy()
+    np.add.at(merged, tuple(shira_indices.astype(int).T), shira_values)
+    return merged
+
+
+def adalora(kernel, settings, adalora_p, adalora_e, adalora_q, adalora_mask):
+    """Eq. 3 of the AdaLoRA paper."""
+    scale = (settings.alpha or settings.rank) / settings.rank
+    values = np.diag(adalora_e * adalora_mask)
+    return kernel + scale * adalora_p @ values @ adalora_q
+
+
+EMBEDDINGS = ("embedding", "reversible")
+NO_BIAS = ("dense-gelu", "einsum-gemma", "einsum-ellipsis", *EMBEDDINGS)
+# Kernels of which several rows belong to one channel of the inputs.
+TAPS = ("conv1d", "conv2d-strided", "conv2d-groups", "conv3d", "depthwise")
+# Of which outputs see different inputs.
+GROUPED = ("conv2d-groups", "depthwise")
+# Of which the rows do not fall into blocks of four, `SMALL` beside.
+NO_FOURS = ("einsum-output", "conv1d", "conv2d", "depthwise")
+# Of five rows and six columns.
+SMALL = (
+    "dense",
+    "einsum-query",
+    "einsum-gemma",
+    "einsum-ellipsis",
+    "einsum-transposed",
+    "conv2d-pointwise",
+)
 
 
 def _lora(**settings):
@@ -94,6 +284,173 @@ METHODS = {
         merged=dora,
         slice=True,
     ),
+    "ia3": Method(
+        keras_peft.IA3,
+        parameters=lambda i, o: o,
+        merged=ia3,
+        merged_bias=ia3_bias,
+        refuses=EMBEDDINGS,
+        slice=True,
+    ),
+    "ia3-inputs": Method(
+        lambda: keras_peft.IA3(feedforward=["layer"]),
+        parameters=lambda i, o: i,
+        merged=ia3,
+        merged_bias=ia3_bias,
+        refuses=(*EMBEDDINGS, *TAPS),
+        models=(),
+    ),
+    "oft": Method(
+        lambda: keras_peft.OFT(num_blocks=1),
+        parameters=lambda i, o: i * (i - 1) // 2,
+        merged=oft,
+        refuses=EMBEDDINGS,
+        # A series of large blocks far from zero turns into no rotation, and
+        # layer upon layer multiplies what rounding loses.
+        models=(),
+        slice=True,
+    ),
+    "oft-exact": Method(
+        lambda: keras_peft.OFT(num_blocks=1, cayley="exact"),
+        parameters=lambda i, o: i * (i - 1) // 2,
+        merged=oft,
+        refuses=EMBEDDINGS,
+    ),
+    "oft-blocks": Method(
+        lambda: keras_peft.OFT(block_size=4, terms=7),
+        parameters=lambda i, o: i * 3 // 2,
+        merged=oft,
+        refuses=(*EMBEDDINGS, *SMALL, *NO_FOURS),
+    ),
+    "oft-shared": Method(
+        lambda: keras_peft.OFT(block_size=3, cayley="exact", block_share=True),
+        parameters=lambda i, o: 3,
+        merged=oft,
+        refuses=(*EMBEDDINGS, *SMALL),
+        models=(),
+    ),
+    "boft": Method(
+        lambda: keras_peft.BOFT(num_blocks=1),
+        parameters=lambda i, o: i * i + o,
+        merged=boft,
+        refuses=EMBEDDINGS,
+        models=(),
+        slice=True,
+    ),
+    "boft-butterfly": Method(
+        lambda: keras_peft.BOFT(block_size=2, num_factors=3),
+        parameters=lambda i, o: 3 * 2 * i + o,
+        merged=boft,
+        refuses=(*EMBEDDINGS, *SMALL, *NO_FOURS),
+    ),
+    "hra": Method(
+        lambda: keras_peft.HRA(rank=4),
+        exact_start=False,
+        parameters=lambda i, o: 4 * i,
+        merged=hra,
+        refuses=EMBEDDINGS,
+        slice=True,
+    ),
+    "road": Method(
+        lambda: keras_peft.RoAd(group_size=2),
+        parameters=lambda i, o: o,
+        merged=road,
+        merged_bias=road,
+        refuses=(*EMBEDDINGS, *GROUPED, "einsum-output"),
+        slice=True,
+    ),
+    "road-2": Method(
+        lambda: keras_peft.RoAd(variant=2, group_size=4),
+        parameters=lambda i, o: 2 * o,
+        merged=road,
+        merged_bias=road,
+        refuses=(*EMBEDDINGS, *GROUPED, *SMALL, "einsum-output", "conv"),
+    ),
+    "road-4": Method(
+        lambda: keras_peft.RoAd(variant=4, group_size=6),
+        parameters=lambda i, o: 4 * o,
+        merged=road,
+        merged_bias=road,
+        refuses=(*EMBEDDINGS, *GROUPED, "einsum-output"),
+        models=(),
+    ),
+    "bias": Method(
+        keras_peft.BiasTuning,
+        parameters=lambda i, o: o,
+        merged=lambda kernel, settings, **_: kernel,
+        merged_bias=lambda bias, settings, bias_change: (
+            bias + bias_change.ravel()
+        ),
+        refuses=NO_BIAS,
+        models=("bert-classifier", "gpt2", "convolutional"),
+        slice=True,
+    ),
+    "loha": Method(
+        lambda: keras_peft.LoHa(rank=2, alpha=3),
+        parameters=lambda i, o: 4 * (i + o),
+        merged=loha,
+        slice=True,
+    ),
+    "lokr": Method(
+        lambda: keras_peft.LoKr(rank=1, alpha=2),
+        parameters=lokr_count(1),
+        merged=lokr,
+        by_tap=True,
+        slice=True,
+    ),
+    "lokr-both": Method(
+        lambda: keras_peft.LoKr(
+            rank=1, decompose_both=True, decompose_factor=3
+        ),
+        parameters=lokr_count(1, 3, both=True),
+        merged=lokr,
+        by_tap=True,
+        models=(),
+    ),
+    "lokr-whole": Method(
+        lambda: keras_peft.LoKr(rank=8, decompose_factor=2),
+        parameters=lokr_count(8, 2),
+        merged=lokr,
+        by_tap=True,
+        models=(),
+    ),
+    "vera": Method(
+        lambda: keras_peft.VeRA(rank=8),
+        parameters=lambda i, o: 8 + o,
+        merged=vera,
+        slice=True,
+    ),
+    "miss": Method(
+        lambda: keras_peft.MiSS(rank=2),
+        parameters=lambda i, o: 2 * o,
+        merged=miss,
+        slice=True,
+    ),
+    "shira": Method(
+        lambda: keras_peft.SHiRA(rank=1),
+        parameters=lambda i, o: i + o,
+        merged=shira,
+        slice=True,
+    ),
+    "adalora": Method(
+        lambda: keras_peft.AdaLoRA(rank=2, alpha=3),
+        parameters=lambda i, o: 2 * (i + o + 1),
+        merged=adalora,
+        slice=True,
+    ),
+    "norm": Method(
+        keras_peft.NormTuning,
+        refuses=("",),
+        models=("bert-classifier", "gpt2", "llama", "convolutional"),
+    ),
+    "token": Method(
+        lambda: keras_peft.TokenTuning([7, 0, 3]),
+        parameters=lambda i, o: 3 * o,
+        merged=tokens,
+        refuses=("dense", "einsum", "conv", "depthwise"),
+        models=("bert-classifier", "gpt2", "subclassed"),
+        slice=True,
+    ),
     "bottleneck": _in_blocks(lambda: keras_peft.BottleneckAdapter(reduction=2)),
     "bottleneck-double": _in_blocks(
         lambda: keras_peft.BottleneckAdapter(
@@ -118,6 +475,53 @@ METHODS = {
         exact_start=False,
     ),
     "direft": _in_blocks(lambda: keras_peft.ReFT(rank=2, variant="direft")),
+    **{
+        name: Method(
+            make,
+            refuses=("",),
+            mergeable=False,
+            identity=False,
+            models=models,
+            slice=name == "prompt-tuning",
+        )
+        for name, make, models in (
+            (
+                "prompt-tuning",
+                lambda: keras_peft.PromptTuning(2),
+                ("gpt2", "llama", "bert-classifier", "own-classifier"),
+            ),
+            (
+                "p-tuning",
+                lambda: keras_peft.PTuning(2, hidden_dim=5),
+                ("gpt2", "bert-backbone"),
+            ),
+            (
+                "p-tuning-lstm",
+                lambda: keras_peft.PTuning(2, encoder="lstm"),
+                ("gpt2",),
+            ),
+            (
+                "prefix-tuning",
+                lambda: keras_peft.PrefixTuning(2),
+                ("gpt2", "llama", "bert-classifier", "vit"),
+            ),
+            (
+                "prefix-tuning-network",
+                lambda: keras_peft.PrefixTuning(2, hidden_dim=5),
+                ("gpt2", "bert-classifier"),
+            ),
+            (
+                "visual-prompt-tuning",
+                lambda: keras_peft.VisualPromptTuning(2),
+                ("vit",),
+            ),
+            (
+                "visual-prompt-tuning-deep",
+                lambda: keras_peft.VisualPromptTuning(2, deep=True),
+                ("vit",),
+            ),
+        )
+    },
 }
 
 # -- Layers ------------------------------------------------------------------
@@ -134,6 +538,7 @@ class Layer:
     vocabulary: int | None = None
     reverse: bool = False
     slice: bool = False
+    taps: int = 1
 
     def build(self, dtype="float32"):
         """`(layer, inputs)`, with a random bias."""
@@ -186,6 +591,11 @@ LAYERS = {
         (2, 4, 2, 3),
         lambda kernel: kernel.reshape(6, 5),
     ),
+    "einsum-wide": Layer(
+        lambda: k.EinsumDense("abcd,cde->abe", (None, 12), bias_axes="e"),
+        (2, 4, 3, 8),
+        lambda kernel: kernel.reshape(24, 12),
+    ),
     "einsum-gemma": Layer(
         lambda: k.EinsumDense("btd,ndh->btnh", (None, 2, 3)),
         (2, 4, 5),
@@ -227,28 +637,32 @@ LAYERS = {
         lambda: k.Conv1D(6, 3, padding="causal", dilation_rate=2),
         (2, 9, 5),
         _flat,
+        taps=3,
     ),
-    "conv2d": Layer(
+    "conv2d-strided": Layer(
         lambda: k.Conv2D(6, 3, strides=2, padding="same", activation="relu"),
         (2, 8, 8, 5),
         _flat,
         slice=True,
+        taps=9,
     ),
     "conv2d-pointwise": Layer(lambda: k.Conv2D(6, 1), (2, 4, 4, 5), _flat),
     "conv2d-groups": Layer(
-        lambda: k.Conv2D(6, 3, groups=2), (2, 6, 6, 4), _flat
+        lambda: k.Conv2D(6, 3, groups=2), (2, 6, 6, 4), _flat, taps=9
     ),
-    "conv3d": Layer(lambda: k.Conv3D(6, 2), (2, 4, 4, 4, 3), _flat),
+    "conv3d": Layer(lambda: k.Conv3D(6, 2), (2, 4, 4, 4, 3), _flat, taps=8),
     "depthwise1d": Layer(
         lambda: k.DepthwiseConv1D(3, depth_multiplier=2),
         (2, 8, 4),
         lambda kernel: kernel.reshape(3, 8),
+        taps=3,
     ),
     "depthwise2d": Layer(
         lambda: k.DepthwiseConv2D(3, padding="same", activation="relu"),
         (2, 6, 6, 4),
         lambda kernel: kernel.reshape(9, 4),
         slice=True,
+        taps=9,
     ),
 }
 
