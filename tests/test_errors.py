@@ -67,6 +67,67 @@ def test_settings(settings, words):
     assert words in str(caught.value)
 
 
+METHODS = {
+    "block of 1": (lambda: keras_peft.OFT(block_size=1), "2 or more"),
+    "block 0": (lambda: keras_peft.BOFT(block_size=0), "positive integer"),
+    "blocks 0": (lambda: keras_peft.OFT(num_blocks=0), "positive integer"),
+    "cayley": (lambda: keras_peft.OFT(cayley="series"), "'neumann' or"),
+    "two terms": (lambda: keras_peft.OFT(terms=2), "4 or more"),
+    "factors 0": (lambda: keras_peft.BOFT(num_factors=0), "positive integer"),
+    "odd reflections": (lambda: keras_peft.HRA(rank=3), "must be even"),
+    "variant": (lambda: keras_peft.RoAd(variant=3), "1, 2 or 4"),
+    "odd group": (lambda: keras_peft.RoAd(group_size=3), "must be even"),
+    "bad pattern": (lambda: keras_peft.IA3(feedforward="("), "does not parse"),
+    "no tokens": (lambda: keras_peft.TokenTuning([]), "at least one"),
+    "token twice": (lambda: keras_peft.TokenTuning([2, 5, 2]), "[2]"),
+    "token -1": (lambda: keras_peft.TokenTuning([-1]), "at least 0"),
+    "token 1.5": (lambda: keras_peft.TokenTuning([1.5]), "integer"),
+}
+
+
+@pytest.mark.parametrize("make, words", METHODS.values(), ids=METHODS)
+def test_settings_of_other_methods(make, words):
+    with pytest.raises(ValueError, match="Received: ") as caught:
+        make()
+    assert words in str(caught.value)
+
+
+MISFITS: dict[str, tuple] = {
+    "blocks": (keras_peft.OFT(), None, "blocks of 32", "block_size=2, 4, 8"),
+    "block count": (keras_peft.OFT(num_blocks=3), None, "num_blocks=1, 2, 4"),
+    "butterfly": (
+        keras_peft.BOFT(block_size=8, num_factors=2),
+        None,
+        "multiple of 2 blocks",
+        "block_size=2, 4",
+    ),
+    "groups": (keras_peft.RoAd(), None, "groups of 64", "group_size=2, 4, 8"),
+    "token": (keras_peft.TokenTuning([3, 20]), None, "no tokens 20"),
+    "pattern": (keras_peft.IA3(feedforward=["ffn"]), None, "'ffn'"),
+    "tokens of a kernel": (keras_peft.TokenTuning([3]), "query", "'query'"),
+    "rotated tokens": (keras_peft.HRA(), "token_embedding", "No layer of"),
+    "no bias": (keras_peft.BiasTuning(), "token_embedding", "No layer of"),
+}
+
+
+@pytest.mark.parametrize(
+    "method, targets, words",
+    [pytest.param(*row[:2], row[2:], id=name) for name, row in MISFITS.items()],
+)
+def test_adapt_with_a_method_that_does_not_fit(method, targets, words):
+    model = build(NAME)
+    with refused(model, *words):
+        keras_peft.adapt(model, method, targets)
+
+
+def test_adapt_without_blocks_or_norms():
+    model = build("functional")
+    with refused(model, "no transformer blocks"):
+        keras_peft.adapt(model, keras_peft.IA3())
+    with refused(model, "can be adapted: none"):
+        keras_peft.adapt(model, keras_peft.NormTuning())
+
+
 ADAPTS: dict[str, tuple] = {
     "no target": (dict(targets="q_proj"), "No layer of", "'query' (x2)"),
     "typo": (dict(targets=["query", "valeu"]), "Did you mean 'value'?"),
