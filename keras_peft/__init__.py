@@ -49,6 +49,7 @@ from keras_peft.methods.token_tuning import TokenTuning
 from keras_peft.methods.vera import VeRA
 from keras_peft.methods.visual_prompt_tuning import VisualPromptTuning
 from keras_peft.rank_allocation import RankAllocator
+from keras_peft.rows import adapter_names
 from keras_peft.summary import summary
 
 __version__ = "0.1.0"
@@ -82,6 +83,7 @@ __all__ = [
     "VeRA",
     "VisualPromptTuning",
     "adapt",
+    "adapter_names",
     "check_base",
     "combine_adapters",
     "disabled",

@@ -1,6 +1,7 @@
 """A model while it is adapted: how it changes, and how it is saved."""
 
 import keras
+import numpy as np
 
 from keras_peft import layer_tree
 from keras_peft.adapter_state import AdapterState
@@ -97,16 +98,22 @@ def _not_while_adapted(done, model):
 # -- Putting adapters in and out ---------------------------------------------
 
 
-def install(model, name, adapter, head, initialize=False):
+def install(model, name, adapter, head, initialize=False, observed=None):
     """Creates the adapter's layers, attaches them, freezes the base.
 
-    All that can fail is done before the first layer is touched.
+    `observed` is `{path: LayerInputs}`, for start values that need them. All
+    that can fail is done before the first layer is touched.
     """
+    if is_adapted(model):
+        _check_undivided(model)
     layers = layer_tree.layers_by_path(model)
     adapted = {path: layers[path] for path in adapter.paths}
     created = adapter.method.create_all(adapted, name)
-    for leaf in created.values():
-        leaf.start() if initialize else leaf.read_base()
+    for path, leaf in created.items():
+        if initialize:
+            leaf.start((observed or {}).get(path))
+        else:
+            leaf.read_base()
     if not is_adapted(model):
         _become_adapted(model, head)
     for path, leaf in created.items():
@@ -235,8 +242,44 @@ def quiet(model):
     _swap_head(model, None)
 
 
+def divide(model, names):
+    """Gives each row of a batch the adapter of its name, `None` the base.
+
+    What trains stays as it is.
+    """
+    _set_strengths(model, {n: 1.0 for n in names if n is not None})
+    _swap_head(model, names[0])
+    for name in {*names} - {None}:
+        mask = np.array([row == name for row in names], "float32")
+        for leaf in leaves(model, name).values():
+            leaf.rows = mask
+    state = model.peft
+    state.rows, state.active = True, {}
+    layer_tree.forget_compiled(model, optimizer=False)
+
+
+def undivide(model, strengths):
+    """Undoes `divide`."""
+    for name in model.peft.adapters:
+        for leaf in leaves(model, name).values():
+            leaf.rows = None
+    model.peft.rows = False
+    activate(model, strengths)
+    layer_tree.forget_compiled(model, optimizer=False)
+
+
+def _check_undivided(model):
+    if model.peft.rows:
+        raise ValueError(
+            "Each row of a batch has its own adapter at the moment. Leave the "
+            "`with keras_peft.adapter_names(...)` block first. "
+            f"Received: model={model.name!r}"
+        )
+
+
 def _set_strengths(model, strengths):
     """Returns whether the program of a forward pass is another than before."""
+    _check_undivided(model)
     restructured = False
     for name in model.peft.adapters:
         for leaf in leaves(model, name).values():

@@ -26,6 +26,7 @@ class AdapterState:
         head: Paths of the layers outside the base, which train in full.
         heads: `{name: [array, ...]}`, the head's values per adapter. The live
             values belong to `head_of`; `None` stands for the base's own.
+        rows: Whether each row of a batch has an adapter of its own.
     """
 
     def __init__(self, head):
@@ -34,6 +35,7 @@ class AdapterState:
         self.head = list(head)
         self.heads = {}
         self.head_of = None
+        self.rows = False
         self.thawed = []
         self.head_thawed = []
         self.batch_norms = []

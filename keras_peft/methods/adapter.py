@@ -31,8 +31,12 @@ class Adapter(keras.Layer):
     # Whether activity changes the program, such as the length of a sequence:
     # then `strength` is not enough, and switching compiles anew.
     structural = False
+    # Whether it acts as a whole or not at all, and beside no other such.
+    exclusive = False
     # A class to be mixed into the layer's, where its `call` is not all.
     mixin = None
+    # A factor on the effect for each row of a batch, or `None`.
+    rows = None
 
     def __init__(self, layer, shapes, name):
         # Inputs come in the layer's compute dtype already; adapters are kept
@@ -68,12 +72,17 @@ class Adapter(keras.Layer):
         """`{name: variable}` of what an adapter file keeps."""
         return {name: getattr(self, name) for name in self.kept}
 
-    def start(self):
-        """Sets the start values, drawn by NumPy: equal on every backend."""
+    def start(self, observed=None):
+        """Sets the start values, drawn by NumPy: equal on every backend.
+
+        `observed` is the layer's `LayerInputs`, if its method is `calibrated`.
+        """
+        self.observed = observed
         # Python's generator is one that `keras.utils.set_random_seed` seeds.
         seed = random.randint(0, 2**31 - 1)
         self.read_base()
         self.initialize(np.random.default_rng(seed))
+        self.observed = None
         self.strength.assign(1.0)
 
     def read_base(self):
