@@ -140,6 +140,7 @@ BACKBONES = {
         "_feedforward_gate_dense",
         "_feedforward_output_dense",
         "shared_expert_gate_dense",
+        top_k=2,
         moe_intermediate_dim=10,
         shared_expert_intermediate_dim=14,
     ),
