@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -11,6 +12,7 @@ from keras_peft import adapted_model
 from keras_peft import adapter_state
 from keras_peft import layer_tree
 from keras_peft.adapter_state import NamedAdapter
+from keras_peft.calibration import observe
 from keras_peft.methods.method import Method
 from keras_peft.patterns import lies_in
 from keras_peft.patterns import path_matches
@@ -26,6 +28,7 @@ def adapt(
     targets: str | Sequence[str] | None = None,
     name: str = "default",
     head: str | Sequence[str] | None = None,
+    calibration: Any = None,
 ) -> keras.Model:
     r"""Adds an adapter to `model`, in place, and freezes its base.
 
@@ -51,14 +54,17 @@ def adapt(
             as in `targets`. `None` finds them: whatever stands outside
             `model.backbone`, or outside the only model among the layers.
             An empty list is no head.
+        calibration: Inputs of the model to choose start values by, for methods
+            that do so, such as `LoRA(init="eva")`: a batch (an array, or a
+            dictionary of arrays), or an iterable of batches.
 
     Returns:
         `model`.
 
     Raises:
         ValueError: if the model is not built, a target names no layer, a
-            layer cannot take the method, or the name is taken. The model is
-            then as it was.
+            layer cannot take the method, the name is taken, or `calibration`
+            is missing or useless. The model is then as it was.
 
     Example:
     >>> keras_peft.adapt(classifier, keras_peft.LoRA(rank=8))
@@ -66,6 +72,7 @@ def adapt(
     >>> classifier.fit(sentences, labels)
     """
     _check_arguments(model, method, name)
+    _check_calibration(method, calibration)
     head = _head_of(model, head)
     candidates = Candidates(model, head, method.accepts)
     if targets is None:
@@ -77,10 +84,14 @@ def adapt(
     method = method.for_layers(candidates, paths)
     _check_patterns(candidates, method, paths)
     layers = layer_tree.layers_by_path(model)
-    check_layers({path: layers[path] for path in paths}, method)
+    adapted = {path: layers[path] for path in paths}
+    check_layers(adapted, method)
+    observed = None
+    if method.calibrated:
+        observed = observe(model, adapted, calibration)
     head = [h for h in head if not any(lies_in(path, [h]) for path in paths)]
     adapter = NamedAdapter(method, paths)
-    adapted_model.install(model, name, adapter, head, initialize=True)
+    adapted_model.install(model, name, adapter, head, True, observed)
     adapted_model.activate(model, {name: 1.0})
     return model
 
@@ -122,6 +133,20 @@ def _check_arguments(model, method, name):
                 "merge the model as a whole, or that layer alone. "
                 f"Received: model={model.name!r}"
             )
+
+
+def _check_calibration(method, calibration):
+    if method.calibrated and calibration is None:
+        raise ValueError(
+            "The method starts from what the layers' inputs look like. Pass "
+            "`calibration`, one or more batches of the model's inputs. "
+            f"Received: calibration=None, method={method}"
+        )
+    if calibration is not None and not method.calibrated:
+        raise ValueError(
+            "The method has no use for `calibration`; leave it out. Received: "
+            f"calibration of type {type(calibration).__name__}, method={method}"
+        )
 
 
 def _head_of(model, head):
@@ -207,7 +232,8 @@ def set_adapter(
             the adapter's change; or `None` for the base alone.
 
     Raises:
-        ValueError: if a name is unknown.
+        ValueError: if a name is unknown, or an adapter that adds tokens is
+            given another strength than 1, or another such beside it.
     """
     if isinstance(names, str):
         names = [names]
@@ -216,7 +242,23 @@ def set_adapter(
     for name in names:
         adapter_state.named(model, name)
     adapter_state.state_of(model)
+    _check_exclusive(model, names)
     adapted_model.activate(model, names)
+
+
+def _check_exclusive(model, strengths):
+    alone = [
+        name
+        for name in strengths
+        if any(a.exclusive for a in adapter_state.leaves(model, name).values())
+    ]
+    wrong = {name: strengths[name] for name in alone if strengths[name] != 1}
+    if wrong or len(alone) > 1:
+        raise ValueError(
+            "An adapter that adds tokens acts as a whole: its strength is 1, "
+            "and no other such is active. `None` switches all off. "
+            f"Received: names={dict(strengths)}"
+        )
 
 
 @contextlib.contextmanager

@@ -388,9 +388,12 @@ def mix_in(target: keras.Layer, mixin: type) -> None:
     own ways to be saved. The subclass bears the name of the class: the layout
     of weights files and `model.summary()` follow class names.
     """
-    mixins, cls = _parts(type(target))
+    before = type(target)
+    mixins, cls = _parts(before)
     mixins = sorted((mixin, *mixins), key=lambda kind: kind is AdaptedLayer)
     target.__class__ = _subclass(tuple(mixins), cls)
+    if before in GLOBAL_CUSTOM_NAMES:
+        serialize_as(target, GLOBAL_CUSTOM_NAMES[before])
 
 
 def mix_out(target: keras.Layer, mixin: type) -> None:

@@ -65,7 +65,7 @@ def bert_backbone():
         num_heads=2,
         hidden_dim=8,
         intermediate_dim=16,
-        max_sequence_length=6,
+        max_sequence_length=8,
         dropout=0.0,
     )
 

@@ -1,0 +1,362 @@
+"""Prefix tuning: learned keys and values in front of every attention."""
+
+import inspect
+import math
+
+import keras
+from keras import ops
+
+from keras_peft import layer_tree
+from keras_peft.blocks import find_blocks
+from keras_peft.kernels import EinsumKernel
+from keras_peft.kernels import has_kernel
+from keras_peft.kernels import kernel_of
+from keras_peft.methods.method import Method
+from keras_peft.methods.settings import check_positive_integer
+from keras_peft.methods.virtual_tokens import TokenAdapter
+from keras_peft.methods.virtual_tokens import VirtualTokens
+from keras_peft.methods.virtual_tokens import generates
+from keras_peft.methods.virtual_tokens import is_backbone
+from keras_peft.methods.virtual_tokens import passing_adapter
+from keras_peft.methods.virtual_tokens import text_objection
+from keras_peft.methods.virtual_tokens import text_paths
+from keras_peft.methods.virtual_tokens import tokens_for
+
+
+@keras.saving.register_keras_serializable(package="keras_peft")
+class PrefixTuning(Method):
+    """Prefix tuning: `num_tokens` learned keys and values per attention.
+
+    Every self-attention computes
+    `softmax(Q @ [PK; K].T / sqrt(d)) @ [PV; V]`, with keys `PK` and values
+    `PV` of its own, which all queries see and which are neither rotated nor
+    normed. The text's positions begin after the prefix, so where positions
+    are learned it has `num_tokens` less. Trainable parameters:
+    `num_tokens * layers * 2 * heads * head_dim`, of the heads that keys and
+    values have. It cannot be merged.
+
+    With `hidden_dim`, a network shared by all layers computes them from
+    learned inputs `X` of shape `(num_tokens, k)`, `k = heads * head_dim`:
+    `tanh(X @ A + a) @ B + b`. That trains more steadily, by
+    `num_tokens * k + (k + 1) * h + (h + 1) * layers * 2 * k` parameters,
+    where `h = hidden_dim`.
+
+    It fits the text decoders of keras-hub, alone or in a task, where
+    `generate()` keeps the prefix in its cache, and any other model whose
+    blocks attend by `keras.layers.MultiHeadAttention`, such as BERT and ViT.
+
+    - [Li and Liang, 2021](https://arxiv.org/abs/2101.00190)
+
+    Args:
+        num_tokens: Positive integer. Length of the prefix; 10 to 100 is usual.
+        hidden_dim: Positive integer, width of the network, or `None` for the
+            keys and values themselves. 512 is usual.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+    >>> keras_peft.adapt(causal_lm, keras_peft.PrefixTuning(num_tokens=20))
+    """
+
+    def __init__(self, num_tokens=20, hidden_dim=None):
+        check_positive_integer("num_tokens", num_tokens, "10 to 100")
+        if hidden_dim is not None:
+            check_positive_integer("hidden_dim", hidden_dim, "512")
+        self.num_tokens = num_tokens
+        self.hidden_dim = hidden_dim
+
+    def accepts(self, layer):
+        return (
+            _computes_attention(layer)
+            or isinstance(layer, keras.layers.EinsumDense)
+            or _has_positions(layer)
+            or is_backbone(layer)
+            or generates(layer)
+        )
+
+    def default_targets(self, candidates):
+        model = candidates.model
+        layers = layer_tree.layers_by_path(model)
+        attentions = [a for b in find_blocks(layers) for a in b.attention]
+        decodes = any(map(_is_decoder, layers.values()))
+        carriers = [
+            path for a in attentions for path in _carriers(layers, a, decodes)
+        ]
+        if not carriers or None in carriers:
+            kinds = {type(layers[a.path]).__name__ for a in attentions}
+            raise ValueError(
+                "PrefixTuning needs a text decoder of keras-hub, or blocks "
+                "that attend to their own sequence alone, by "
+                f"`keras.layers.MultiHeadAttention`. `{model.name}` is "
+                "neither. Most text models take PromptTuning. "
+                f"Received: attention by {sorted(kinds) or 'no layer'}"
+            )
+        if decodes:
+            return [*carriers, *text_paths(model, self)[1:]]
+        places = [path for path, la in layers.items() if _has_positions(la)]
+        return [*carriers, *places]
+
+    def objection(self, path, layer):
+        if _carries(layer) and not _heads(layer):
+            return "its keys and values have no heads of one size"
+        if _has_positions(layer) and self.num_tokens >= layer.sequence_length:
+            return (
+                f"num_tokens={self.num_tokens} leaves no room in its "
+                f"{layer.sequence_length} positions"
+            )
+        return text_objection(layer, self.num_tokens)
+
+    def all_shapes(self, layers):
+        places = _places(layers)
+        owner = next(iter(places))
+        shapes = {path: {} for path in layers}
+        shapes[owner] = self._shapes(places, *_heads(layers[owner]))
+        return shapes
+
+    def _shapes(self, places, heads, size):
+        depth = 1 + max(index for index, _ in places.values())
+        last = (depth, 2, heads, size)
+        if self.hidden_dim is None:
+            return {"prefix": (self.num_tokens, *last)}
+        units, hidden = heads * size, self.hidden_dim
+        return {
+            "prefix_inputs": (self.num_tokens, units),
+            "dense_0_kernel": (units, hidden),
+            "dense_0_bias": (hidden,),
+            "dense_1_kernel": (hidden, *last),
+            "dense_1_bias": last,
+        }
+
+    def create_all(self, layers, name):
+        places, shapes = _places(layers), self.all_shapes(layers)
+        decodes = any(map(is_backbone, layers.values()))
+        # Any word holds the place of a key and a value.
+        ids = [0] * self.num_tokens
+        tokens = VirtualTokens(ids, None)
+        if decodes:
+            tokens = tokens_for(layers, self, ids)
+        created, owner = {}, None
+        for path, layer in layers.items():
+            if path in places:
+                kind = _kind_for(layer, decodes)
+                leaf = kind(layer, shapes[path], name, tokens)
+                owner = owner or leaf
+                leaf.take_from(owner, *places[path])
+            elif _has_positions(layer):
+                leaf = PositionAdapter(layer, {}, name, tokens)
+            else:
+                leaf = passing_adapter(layer, name, tokens)
+            created[path] = leaf
+        return created
+
+
+# -- Where prefixes go -------------------------------------------------------
+
+
+def _computes_attention(layer):
+    """Whether keys and values of all tokens meet in a method of `layer`."""
+    kind = layer_tree.base_class(layer)
+    call = getattr(kind.call, "__code__", None)
+    if call is None or "_compute_attention" not in call.co_names:
+        return False
+    own = inspect.signature(kind._compute_attention).parameters
+    _, query, key, value, mask, *_ = [*own, ""]
+    return (query[0], key[0], value[0], mask) == (*"qkv", "attention_mask")
+
+
+def _carries(layer):
+    return _computes_attention(layer) or isinstance(
+        layer, keras.layers.EinsumDense
+    )
+
+
+def _has_positions(layer):
+    return hasattr(layer, "position_embeddings") and hasattr(
+        layer, "sequence_length"
+    )
+
+
+def _is_decoder(layer):
+    """Whether `layer` is a backbone that some causal task stands on."""
+    if not is_backbone(layer):
+        return False
+    import keras_hub
+
+    kinds = [keras_hub.models.CausalLM]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    backbone = layer_tree.base_class(layer)
+    return any(kind.backbone_cls is backbone for kind in kinds)
+
+
+def _carriers(layers, attention, decodes):
+    """Paths of what takes the prefix of one attention; `[None]` if nothing.
+
+    A decoder's attention that has no step of its own for all keys and values
+    takes it in their projections, before anything is done to them.
+    """
+    layer = layers[attention.path]
+    own = isinstance(layer, keras.layers.MultiHeadAttention)
+    if _computes_attention(layer) and (own or decodes) and not attention.cross:
+        return [attention.path]
+    rotates = any("rot" in path for path, _ in layer_tree.walk(layer))
+    if rotates or not decodes:
+        return [None]
+    return [attention.key, attention.value]
+
+
+def _heads(layer):
+    """`(heads, size)` of the keys and values of `layer`, or `None`."""
+    if isinstance(layer, keras.layers.EinsumDense):
+        found = {kernel_of(layer).free_shape}
+    else:
+        found = {
+            _head_shape(layer, child, segment)
+            for segment, child in layer_tree.children(layer)
+            if {"key", "value", "k", "v", "qkv"} & set(segment.split("_"))
+            and has_kernel(child)
+        }
+    shape = found.pop() if len(found) == 1 else ()
+    return shape if len(shape) == 2 else None
+
+
+def _head_shape(layer, child, segment):
+    view = kernel_of(child)
+    if not isinstance(view, EinsumKernel):  # Split into heads afterwards.
+        return view.outputs // layer.head_dim, layer.head_dim
+    if "qkv" in segment.split("_"):
+        *heads, size = view.free_shape
+        return *heads, size // 3
+    return view.free_shape
+
+
+def _places(layers):
+    """`{path: (layer's number, part)}`; a part is 0 for keys, 1 for values."""
+    carriers = [path for path, layer in layers.items() if _carries(layer)]
+    backbone = any(map(is_backbone, layers.values()))
+    whole = [_computes_attention(layers[path]) for path in carriers]
+    if all(whole) and whole:
+        return {path: (i, None) for i, path in enumerate(carriers)}
+    if any(whole) or not backbone or not carriers:
+        raise ValueError(
+            "PrefixTuning finds its layers itself: all attentions of a model, "
+            "and what the prefix passes through. Leave `targets` out. "
+            f"Received: targets={list(layers)}"
+        )
+    return {path: divmod(i, 2) for i, path in enumerate(carriers)}
+
+
+def _kind_for(layer, decodes):
+    if not _computes_attention(layer):
+        return ProjectionAdapter
+    return CausalAttentionAdapter if decodes else AttentionAdapter
+
+
+# -- Adapters ----------------------------------------------------------------
+
+
+class PrefixAdapter(TokenAdapter):
+    """At a layer that takes a prefix.
+
+    The first of a model holds the weights of all. The others read them by its
+    method, which nothing tracks, so that each weight is kept once.
+    """
+
+    def take_from(self, owner, index, part):
+        """Says whose weights, of which attention, and keys or values."""
+        self.read = owner.prefixes
+        self.index, self.part = index, part
+
+    def initialize(self, rng):
+        for key, variable in self.parameters.items():
+            scale = 0.02 if key == "prefix" else 1.0
+            if key.endswith("_kernel"):
+                scale = 1 / math.sqrt(variable.shape[0])
+            if not key.endswith("_bias"):
+                value = rng.normal(scale=scale, size=variable.shape)
+                variable.assign(value.astype("float32"))
+
+    def prefixes(self, *index):
+        """Keys and values, `(num_tokens, layers, 2, heads, head_dim)`.
+
+        With `index`, those of one layer, or one part of them.
+        """
+        if "prefix" in self.kept:
+            return self.prefix[(slice(None), *index)]
+        hidden = ops.matmul(self.prefix_inputs, self.dense_0_kernel)
+        hidden = ops.tanh(hidden + self.dense_0_bias)
+        # Of one layer only: the last kernel is the largest.
+        kernel = self.dense_1_kernel[(slice(None), *index)]
+        return ops.tensordot(hidden, kernel, 1) + self.dense_1_bias[index]
+
+    def in_front_of(self, values, part, skip):
+        """`values` `(batch, tokens, heads, size)` without the first `skip`.
+
+        Before them come the prefix's. Where the heads of `values` repeat,
+        so do those.
+        """
+        rows = self.read(self.index, part)
+        rows = ops.repeat(rows, values.shape[2] // rows.shape[1], axis=1)
+        rows = ops.zeros_like(values[:, :1]) + ops.cast(rows, values.dtype)
+        return ops.concatenate([rows, values[:, skip:]], axis=1)
+
+    def around(self, call, *args, **kwargs):
+        return call(*args, **kwargs)
+
+
+class ProjectionAdapter(PrefixAdapter):
+    """At a key or value projection of a decoder."""
+
+    def around(self, call, *args, **kwargs):
+        outputs = call(*args, **kwargs)
+        if not (self.present and self.tokens.inside):
+            return outputs
+        return self.in_front_of(outputs, self.part, self.tokens.num_tokens)
+
+
+class PrefixedAttention:
+    """Mixed into an attention: its keys and values begin with the prefix."""
+
+    def _compute_attention(self, *args, **kwargs):
+        attend = super()._compute_attention
+        for adapter in self.adapters.values():
+            if isinstance(adapter, AttentionAdapter) and adapter.present:
+                bound = inspect.signature(attend).bind(*args, **kwargs)
+                adapter.change(bound.arguments)
+                return attend(*bound.args, **bound.kwargs)
+        return attend(*args, **kwargs)
+
+
+class AttentionAdapter(PrefixAdapter):
+    """At an attention: the prefix makes its keys and values longer."""
+
+    mixin = PrefixedAttention
+
+    def change(self, arguments, skip=0):
+        """Changes the `arguments` of `_compute_attention`, by name."""
+        _, key, value, *_ = arguments
+        arguments[key] = self.in_front_of(arguments[key], 0, skip)
+        arguments[value] = self.in_front_of(arguments[value], 1, skip)
+        mask = arguments.get("attention_mask")
+        if mask is not None and not skip:
+            seen = ops.ones_like(mask[..., :1])
+            seen = ops.repeat(seen, self.tokens.num_tokens, axis=-1)
+            mask = ops.concatenate([seen, mask], axis=-1)
+            arguments["attention_mask"] = mask
+
+
+class CausalAttentionAdapter(AttentionAdapter):
+    """At an attention of a decoder, where virtual tokens hold the place."""
+
+    def change(self, arguments):
+        super().change(arguments, skip=self.tokens.num_tokens)
+
+
+class PositionAdapter(TokenAdapter):
+    """At learned positions of an encoder: the text's begin after the prefix."""
+
+    def around(self, call, inputs, start_index=0, **kwargs):
+        if self.present:
+            start_index = start_index + self.tokens.num_tokens
+        return call(inputs, start_index=start_index, **kwargs)
