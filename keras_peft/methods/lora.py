@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_peft.kernels import DepthwiseKernel
 from keras_peft.kernels import EmbeddingKernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.adapter import KernelAdapter
@@ -16,7 +17,7 @@ from keras_peft.methods.settings import rank_objection
 _SCALINGS = ("standard", "rank_stabilized")
 # These start from a part of the kernel itself.
 _RESIDUAL_INITS = ("pissa", "olora")
-_INITS = ("default", "gaussian", "orthogonal", *_RESIDUAL_INITS)
+_INITS = ("default", "gaussian", "orthogonal", "eva", *_RESIDUAL_INITS)
 
 
 @keras.saving.register_keras_serializable(package="keras_peft")
@@ -37,6 +38,8 @@ class LoRA(Ranked, Method):
       each column of the sum, held constant in the backward pass (section 4.3)
     - [Meng et al., 2024](https://arxiv.org/abs/2404.02948): PiSSA
     - [Büyükakyüz, 2024](https://arxiv.org/abs/2406.01775): OLoRA
+    - [Paischer et al., 2024](https://arxiv.org/abs/2410.07170): EVA, here with
+      the same rank for all layers (`rho = 1`)
 
     Args:
         rank: Positive integer. Size of the shared inner axis; 4 to 16 is
@@ -51,7 +54,11 @@ class LoRA(Ranked, Method):
             `1 / sqrt(inputs)`, `B` zero (on embeddings `A` zero, `B` normal).
             `"gaussian"`: `A` normal with deviation `1 / rank`, `B` zero.
             `"orthogonal"`: random `A` and `B` with `A @ B = 0`; needs an even
-            rank. `"pissa"`: the leading singular vectors of the kernel.
+            rank. `"eva"`: `A` the leading right singular vectors of the
+            layer's inputs, `B` zero; `adapt` then needs `calibration`, of
+            which every token counts, padding too, and for each layer keeps
+            `inputs**2` numbers while it runs. Linear layers and convolutions
+            only. `"pissa"`: the leading singular vectors of the kernel.
             `"olora"`: the leading columns of its QR decomposition. The last
             two subtract their start values' product inside the adapter
             (`A @ B - A0 @ B0`) instead of changing the kernel, so that every
@@ -115,7 +122,15 @@ class LoRA(Ranked, Method):
             return self.alpha_of(path) / math.sqrt(self.rank_of(path))
         return super().scale_of(path)
 
+    @property
+    def calibrated(self):
+        return self.init == "eva"
+
     def objection(self, path, layer):
+        kernel = kernel_of(layer)
+        unfit = isinstance(kernel, EmbeddingKernel | DepthwiseKernel)
+        if self.init == "eva" and unfit:
+            return "`init='eva'` is of layers that mix the channels of inputs"
         return rank_objection(self.rank_of(path), layer)
 
     def shapes(self, path, layer):
@@ -268,6 +283,8 @@ def _start_values(adapter, rng):
         basis, _ = np.linalg.qr(rng.normal(size=(rank, rank)))
         a = rng.normal(size=(inputs, rank // 2)) @ basis[0::2] / 10
         b = basis[1::2].T @ rng.normal(size=(rank // 2, outputs)) / 10
+    elif init == "eva":
+        a = _leading_directions(adapter)
     elif isinstance(adapter.kernel, EmbeddingKernel):
         b = rng.normal(size=b.shape)
     elif init == "gaussian":
@@ -276,3 +293,23 @@ def _start_values(adapter, rng):
         bound = 1 / math.sqrt(inputs)
         a = rng.uniform(-bound, bound, size=a.shape)
     return a.astype("float32"), b.astype("float32")
+
+
+def _leading_directions(adapter):
+    """The leading right singular vectors of the layer's inputs."""
+    observed, rank = adapter.observed, adapter.rank
+    if observed is None:
+        raise ValueError(
+            "`init='eva'` starts from data. Use `keras_peft.adapt(model, "
+            "method, calibration=...)`, or another `init`. "
+            f"Received: layer={adapter.path!r}"
+        )
+    if observed.count < rank:
+        raise ValueError(
+            f"`init='eva'` needs at least as many inputs of a layer as its "
+            f"rank, {rank}. Pass more data as `calibration`. "
+            f"Received: {observed.count} inputs of {adapter.path!r}"
+        )
+    # Their Gram matrix has these as eigenvectors, in ascending order.
+    _, vectors = np.linalg.eigh(observed.gram)
+    return vectors[:, ::-1][:, :rank]

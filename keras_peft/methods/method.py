@@ -17,6 +17,8 @@ class Method:
 
     # Patterns over layer paths that must each match an adapted layer.
     patterns = ()
+    # Whether start values depend on what the layers' inputs look like.
+    calibrated = False
 
     def __init__(self):
         """Most methods have settings; these have none."""
