@@ -273,6 +273,9 @@ METHODS = {
     "lora-pissa": Method(
         _lora(init="pissa", alpha=3), exact_start=False, merged=residual
     ),
+    "lora-loftq": Method(
+        _lora(init="loftq", alpha=3), exact_start=False, merged=residual
+    ),
     "lora-olora": Method(
         _lora(init="olora"), exact_start=False, merged=residual
     ),

@@ -13,10 +13,13 @@ from keras_peft.methods.adapter import KernelAdapter
 from keras_peft.methods.method import Method
 from keras_peft.methods.settings import Ranked
 from keras_peft.methods.settings import rank_objection
+from keras_peft.quantized import nf4_round
 
 _SCALINGS = ("standard", "rank_stabilized")
 # These start from a part of the kernel itself.
-_RESIDUAL_INITS = ("pissa", "olora")
+_RESIDUAL_INITS = ("pissa", "olora", "loftq")
+# Of LoftQ, as in its paper.
+_LOFTQ_STEPS = 5
 _INITS = ("default", "gaussian", "orthogonal", "eva", *_RESIDUAL_INITS)
 
 
@@ -38,6 +41,7 @@ class LoRA(Ranked, Method):
       each column of the sum, held constant in the backward pass (section 4.3)
     - [Meng et al., 2024](https://arxiv.org/abs/2404.02948): PiSSA
     - [Büyükakyüz, 2024](https://arxiv.org/abs/2406.01775): OLoRA
+    - [Li et al., 2023](https://arxiv.org/abs/2310.08659): LoftQ
     - [Paischer et al., 2024](https://arxiv.org/abs/2410.07170): EVA, here with
       the same rank for all layers (`rho = 1`)
 
@@ -59,10 +63,12 @@ class LoRA(Ranked, Method):
             which every token counts, padding too, and for each layer keeps
             `inputs**2` numbers while it runs. Linear layers and convolutions
             only. `"pissa"`: the leading singular vectors of the kernel.
-            `"olora"`: the leading columns of its QR decomposition. The last
-            two subtract their start values' product inside the adapter
-            (`A @ B - A0 @ B0`) instead of changing the kernel, so that every
-            adapted model starts as its base.
+            `"olora"`: the leading columns of its QR decomposition. `"loftq"`:
+            the best low rank for what NormalFloat4 rounds off the kernel, so
+            that over a base in 4 bits `A @ B` starts by making up for its
+            rounding. The last three subtract their start values' product
+            inside the adapter (`A @ B - A0 @ B0`) instead of changing the
+            kernel, so that every adapted model starts as its base.
         decompose: Boolean. Learn the norm of each output column separately
             (DoRA).
         rank_pattern: Dict from layer names or path expressions to ranks that
@@ -270,11 +276,12 @@ def _start_values(adapter, rng):
     rank, init = adapter.rank, adapter.init
     a, b = np.zeros((inputs, rank)), np.zeros((rank, outputs))
     if init == "pissa":
-        left, values, right = np.linalg.svd(
-            adapter.kernel.read(), full_matrices=False
-        )
-        root = np.sqrt(values[:rank] / adapter.scale)
-        a, b = left[:, :rank] * root, root[:, None] * right[:rank]
+        a, b = _leading_part(adapter.kernel.read(), adapter)
+    elif init == "loftq":
+        kernel = adapter.kernel.read()
+        for _ in range(_LOFTQ_STEPS):
+            rounded = nf4_round(kernel - adapter.scale * (a @ b))
+            a, b = _leading_part(kernel - rounded, adapter)
     elif init == "olora":
         # Of the transposed kernel, so that the orthonormal factor is B.
         q, r = np.linalg.qr(adapter.kernel.read().T)
@@ -293,6 +300,14 @@ def _start_values(adapter, rng):
         bound = 1 / math.sqrt(inputs)
         a = rng.uniform(-bound, bound, size=a.shape)
     return a.astype("float32"), b.astype("float32")
+
+
+def _leading_part(matrix, adapter):
+    """`(A, B)` with `scale * A @ B` nearest to `matrix`, equal in size."""
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    rank = adapter.rank
+    root = np.sqrt(values[:rank] / adapter.scale)
+    return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
 def _leading_directions(adapter):
