@@ -51,7 +51,8 @@ class Combination:
     def _rank(self, changes):
         return self.rank or max(a.shape[1] for _, a, _ in changes)
 
-    def _merge(self, changes: list[np.ndarray]) -> np.ndarray:
+    def _merge(self, changes):
+        """The sum of pruned changes, in full."""
         if self.method == "dare":
             kept = [self.rng.random(c.shape) < self.density for c in changes]
             pairs = zip(changes, kept, strict=True)

@@ -392,14 +392,25 @@ def test_a_wrong_call_is_refused(folders, tmp_path, arguments, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_dora_is_refused_with_what_to_do(folders, tmp_path):
-    dora = keras_peft.LoRA(2, decompose=True)
-    save(tmp_path / "dora", dora, "query")
-    with pytest.raises(ValueError, match="DoRA is none.*to_lora"):
-        keras_peft.combine_adapters(
-            [folders["plain"], tmp_path / "dora"], [1, 1], tmp_path / "out"
-        )
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("DoRA", keras_peft.LoRA(2, decompose=True)),
+        ("LoHa", keras_peft.LoHa(2)),
+    ],
+)
+def test_another_method_is_refused_with_what_to_do(
+    folders, tmp_path, name, method
+):
+    adapters = [folders["plain"], save(tmp_path / "other", method, "query")]
+    with pytest.raises(ValueError, match=f"{name} is none.*to_lora"):
+        keras_peft.combine_adapters(adapters, [1, 1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    model = build(NAME)
+    keras_peft.load_adapter(model, adapters[1])
+    keras_peft.to_lora(model)
+    keras_peft.save_adapter(model, adapters[1])
+    keras_peft.combine_adapters(adapters, [1, 1], tmp_path / "out", "linear")
 
 
 def test_adapters_of_two_bases_are_refused(folders, tmp_path):
