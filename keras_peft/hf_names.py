@@ -95,7 +95,7 @@ class Names:
 
     def __init__(self, model: keras.Layer):
         self.model = model
-        self.layers = dict(layer_tree.walk(model))
+        self.layers = layer_tree.layers_by_path(model)
         self.backbone = _backbone_of(model, self.layers)
         converter = _converter_of(self.backbone)
         self.family = converter.__name__.rpartition(".convert_")[2]

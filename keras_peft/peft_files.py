@@ -108,7 +108,7 @@ def by_pattern(patterns: dict | None, module: str, default: Any) -> Any:
 def targeted(config: dict, module: str) -> bool:
     """Whether a config names a module, given without its class' prefix."""
     named = config.get("target_modules")
-    if not isinstance(named, list) or _matches(
+    if not isinstance(named, list) or matches(
         config.get("exclude_modules"), module
     ):
         return False
@@ -118,10 +118,11 @@ def targeted(config: dict, module: str) -> bool:
         layers = [layers] if isinstance(layers, int) else layers
         if int(index[1]) not in layers:
             return False
-    return _matches(named, module)
+    return matches(named, module)
 
 
-def _matches(names, module):
+def matches(names: str | list[str] | None, module: str) -> bool:
+    """Whether `names` are PEFT's for a module, given without a prefix."""
     if isinstance(names, str):
         return re.fullmatch(rf"(.*\.)?{names}", module) is not None
     return any(

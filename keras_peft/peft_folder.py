@@ -9,14 +9,20 @@ everything is checked and told at once before a model is touched.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
 
 from keras_peft import adapter_state
 from keras_peft import peft_files
+from keras_peft import peft_ia3
+from keras_peft import peft_loha
+from keras_peft import peft_lokr
 from keras_peft import peft_lora
+from keras_peft import peft_oft
+from keras_peft import peft_prefix
+from keras_peft import peft_prompt
+from keras_peft import peft_vera
 from keras_peft.check_base import warn_of_base
 from keras_peft.hf_layout import Part
 from keras_peft.hf_names import OUTPUT
@@ -24,9 +30,24 @@ from keras_peft.hf_names import Names
 from keras_peft.methods.method import Method
 from keras_peft.patterns import lies_in
 from keras_peft.patterns import nearest
+from keras_peft.peft_codec import Reader
+from keras_peft.peft_codec import Writer
+from keras_peft.peft_codec import targets
 from keras_peft.targets import find_head
 
-CODECS = {codec.PEFT_TYPE: codec for codec in (peft_lora,)}
+CODECS = {
+    codec.PEFT_TYPE: codec
+    for codec in (
+        peft_lora,
+        peft_ia3,
+        peft_loha,
+        peft_lokr,
+        peft_oft,
+        peft_vera,
+        peft_prompt,
+        peft_prefix,
+    )
+}
 
 
 @dataclasses.dataclass
@@ -40,54 +61,6 @@ class Adapter:
     paths: list[str]
     head: list[str]
     tensors: dict[str, np.ndarray]
-
-
-@dataclasses.dataclass
-class Reader:
-    """What a codec reads from, and where it says what is wrong.
-
-    Attributes:
-        config: The settings in the folder.
-        names: The HF names of the model.
-        modules: `{module: {suffix: array}}` of the adapter's own tensors.
-        wrong: What speaks against the folder.
-    """
-
-    config: dict[str, Any]
-    names: Names
-    modules: dict[str, dict[str, np.ndarray]]
-    wrong: list[str]
-
-    def parts(self, module: str) -> dict[str, Part]:
-        """`{path: Part}` of a module's layers; notes those without a place."""
-        found = {}
-        for path in self.names.paths.get(module, ()):
-            part = self.names.part(path)
-            if isinstance(part, Part):
-                found[path] = part
-            else:
-                self.wrong.append(
-                    f"`{path}` has no place in `{module}`: {part}"
-                )
-        return found
-
-    def take(self, module: str, suffix: str, shape: tuple) -> np.ndarray | None:
-        """A tensor that must have `shape`; notes what is wrong with it."""
-        value = self.modules[module].get(suffix)
-        name = f"{module}.{suffix}"
-        if value is None:
-            self.wrong.append(f"missing `{name}`")
-        elif value.shape != shape:
-            turned = value.ndim == 2 and value.shape == shape[::-1]
-            self.wrong.append(
-                f"`{name}` has shape {value.shape}, not {shape}"
-                + (": it is transposed" if turned else "")
-            )
-        elif not np.isfinite(value).all():
-            self.wrong.append(f"`{name}` holds NaN or infinity")
-        else:
-            return value
-        return None
 
 
 def read(model: keras.Model, folder: Path) -> Adapter:
@@ -106,10 +79,12 @@ def read(model: keras.Model, folder: Path) -> Adapter:
         )
     names = Names(model)
     wrong = peft_files.unknown_settings(config, codec.KNOWN)
-    reader = Reader(config, names, {}, wrong)
+    reader = Reader(config, names, {}, {}, wrong)
     rest = _sort(reader, codec, peft_files.read_tensors(folder))
     head, head_values = _read_head(reader, model, rest)
     wrong += _missing(reader)
+    if not reader.modules and not reader.shared:
+        wrong.append("it holds no tensors of an adapter")
     found = codec.read(reader)
     if wrong or found is None:
         raise ValueError(mismatch(folder, wrong))
@@ -120,7 +95,9 @@ def read(model: keras.Model, folder: Path) -> Adapter:
     tensors = {f"head:{key}": head_values[key] for key in variables}
     for path, weights in adapters.items():
         tensors |= {f"{path}.{key}": value for key, value in weights.items()}
-    paths = [path for path in names.layers if path in adapters]
+    paths = list(adapters)
+    if codec.SUFFIXES:  # Modules come in the order of the file.
+        paths = [path for path in names.layers if path in adapters]
     warn_of_base(model, config.get("base_model_name_or_path"))
     return Adapter(method, paths, head, tensors)
 
@@ -129,7 +106,10 @@ def _sort(reader, codec, tensors):
     """Fills `reader.modules`; returns the tensors that are no adapter's own."""
     rest, unknown = {}, []
     for key, value in tensors.items():
-        name = key.removeprefix(peft_files.PREFIX)
+        if key in codec.SHARED:
+            reader.shared[key] = value
+            continue
+        name = key.removeprefix(peft_files.PREFIX).removeprefix("base_model.")
         suffix = next((s for s in codec.SUFFIXES if name.endswith("." + s)), "")
         if not suffix:
             rest[name] = value
@@ -226,26 +206,6 @@ def mismatch(folder: Path, wrong: list[str]) -> str:
 # -- Writing -----------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Writer:
-    """What a codec writes from, and where it says what cannot be written.
-
-    Attributes:
-        method: Settings of the adapter.
-        names: The HF names of the model.
-        leaves: `{path: adapter}`.
-        modules: `{module: {path: Part}}` of all layers of the modules of
-            which a layer is adapted.
-        wrong: What speaks against writing it.
-    """
-
-    method: Method
-    names: Names
-    leaves: dict[str, Any]
-    modules: dict[str, dict[str, Part]]
-    wrong: list[str]
-
-
 def write(model: keras.Model, folder: Path, name: str) -> None:
     """Writes an adapter as a PEFT folder into an existing folder.
 
@@ -263,14 +223,16 @@ def write(model: keras.Model, folder: Path, name: str) -> None:
         )
     names = Names(model)
     leaves = adapter_state.leaves(model, name)
-    writer = Writer(adapter.method, names, leaves, {}, [])
-    _group(writer)
+    writer = Writer(adapter.method, names, leaves, {}, {}, [])
+    if codec.SUFFIXES:
+        _group(writer)
     modules_to_save, tensors = _write_head(writer, model, name)
     if writer.wrong:
         raise ValueError(_unwritable(name, adapter, writer.wrong))
-    config, modules = codec.write(writer)
+    found = codec.write(writer)
     if writer.wrong:
         raise ValueError(_unwritable(name, adapter, writer.wrong))
+    settings, modules = found
     for module, weights in modules.items():
         live = names.live(module)
         tensors |= {f"{live}.{key}": value for key, value in weights.items()}
@@ -279,12 +241,14 @@ def write(model: keras.Model, folder: Path, name: str) -> None:
         "task_type": _task(names, modules),
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "target_modules": _targets(names, modules),
         "modules_to_save": modules_to_save or None,
-        **config,
+        **({"target_modules": targets(names, modules)} if modules else {}),
+        **settings,
     }
-    tensors = {peft_files.PREFIX + key: v for key, v in tensors.items()}
-    peft_files.write(folder, config, tensors)
+    # Prompts are not put into modules: PEFT leaves those as they are.
+    prefix = peft_files.PREFIX if modules else "base_model."
+    tensors = {prefix + key: value for key, value in tensors.items()}
+    peft_files.write(folder, config, tensors | writer.shared)
 
 
 def _unwritable(name, adapter, wrong):
@@ -348,17 +312,3 @@ def _task(names, modules):
     # must not be where an adapter sits on it.
     adapted_head = any(module in names.heads.values() for module in modules)
     return None if adapted_head else names.task
-
-
-def _targets(names, modules):
-    """`target_modules`: last names where they say it all, or whole ones."""
-    everywhere: dict[str, set] = {}
-    for module in (*names.paths, *names.heads.values()):
-        last = names.renamed(module).rpartition(".")[2]
-        everywhere.setdefault(last, set()).add(module)
-    targets = set()
-    for module in modules:
-        last = names.renamed(module).rpartition(".")[2]
-        alone = everywhere.get(last, {module}) <= set(modules)
-        targets.add(last if alone else names.live(module))
-    return sorted(targets)

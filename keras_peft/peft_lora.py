@@ -5,18 +5,17 @@ transposes of `A` and `B` here. Fused modules share one `lora_A`; the layers
 here that are parts of them have one `A` each.
 """
 
-import collections
 import math
-import re
 
 import numpy as np
-from keras import ops
 
-from keras_peft import peft_files
 from keras_peft.hf_names import OUTPUT
-from keras_peft.kernels import EmbeddingKernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.lora import LoRA
+from keras_peft.peft_codec import COMMON
+from keras_peft.peft_codec import is_embedding
+from keras_peft.peft_codec import ranked
+from keras_peft.peft_codec import ranked_settings
 
 PEFT_TYPE = "LORA"
 METHOD = LoRA
@@ -24,12 +23,12 @@ _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _MAGNITUDE = "lora_magnitude_vector"
 SUFFIXES = (*_EMBEDDING, *_LINEAR, _MAGNITUDE, "lora_B.bias")
+SHARED = ()
 # Settings that `read` follows, or that only matter while PEFT trains.
 KNOWN = (
+    *COMMON,
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"),
-    *("use_rslora", "use_dora", "init_lora_weights", "modules_to_save"),
-    *("target_modules", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "fan_in_fan_out", "ensure_weight_tying"),
+    *("use_rslora", "use_dora", "init_lora_weights", "ensure_weight_tying"),
     *("megatron_core", "qalora_group_size", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "velora_config", "bias"),
 )
@@ -91,11 +90,7 @@ def _read_module(reader, module, parts):
         reader.wrong.append(f"`{module}.lora_B.bias`: LoRA here has no bias")
     part = next(iter(parts.values()))
     (inputs, outputs), taps = part.sizes, part.shape[2:]
-    rank = peft_files.by_pattern(
-        reader.config.get("rank_pattern"),
-        reader.names.renamed(module),
-        reader.config.get("r", 8),
-    )
+    rank = reader.by_pattern("rank_pattern", module, "r")
     ones = (1,) * len(taps)
     a_shape = (rank, part.shape[1], *taps) if taps else (rank, inputs)
     first, second = _suffixes(reader.names.layers[next(iter(parts))])
@@ -114,19 +109,13 @@ def _read_module(reader, module, parts):
 
 
 def _suffixes(layer):
-    is_embedding = isinstance(kernel_of(layer), EmbeddingKernel)
-    return _EMBEDDING if is_embedding else _LINEAR
+    return _EMBEDDING if is_embedding(layer) else _LINEAR
 
 
 def _scale(reader, module, rank):
-    config = reader.config
-    alpha = peft_files.by_pattern(
-        config.get("alpha_pattern"),
-        reader.names.renamed(module),
-        config.get("lora_alpha", 8),
-    )
-    root = math.sqrt(rank) if config.get("use_rslora") else rank
-    return alpha / root
+    alpha = reader.by_pattern("alpha_pattern", module, "lora_alpha")
+    stabilized = reader.config.get("use_rslora")
+    return alpha / (math.sqrt(rank) if stabilized else rank)
 
 
 def _start_values(reader, parts, start, found, scale):
@@ -174,31 +163,13 @@ def _split(found, parts):
 def _method(config, start, ranks, scales):
     """A `LoRA` that gives each path its rank and its scale."""
     stabilized = bool(config.get("use_rslora"))
-    alphas = {
-        path: scales[path] * (math.sqrt(rank) if stabilized else rank)
-        for path, rank in ranks.items()
-    }
-    rank, rank_pattern = _common(ranks)
-    alpha, alpha_pattern = _common(
-        {path: float(np.round(a, 10)) for path, a in alphas.items()}
-    )
     return LoRA(
-        rank=rank,
-        alpha=alpha,
         dropout=config.get("lora_dropout", 0.0),
         scaling="rank_stabilized" if stabilized else "standard",
         init=start,
         decompose=bool(config.get("use_dora")),
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
+        **ranked(ranks, scales, math.sqrt if stabilized else None),
     )
-
-
-def _common(values):
-    """`(the commonest value, {path pattern: value} of the others)`."""
-    common = collections.Counter(values.values()).most_common(1)[0][0]
-    others = {re.escape(p): v for p, v in values.items() if v != common}
-    return common, others or None
 
 
 # -- The output that is tied to an embedding ---------------------------------
@@ -245,34 +216,24 @@ def write(writer):
         modules[module] = _tensors(writer, module, parts, a, b)
     _write_tied(writer, modules, ranks, scales)
     stabilized = method.scaling == "rank_stabilized"
-    names = writer.names.renamed
-    alphas = {
-        names(m): scales[m] * (math.sqrt(rank) if stabilized else rank)
-        for m, rank in ranks.items()
-    }
-    rank, rank_pattern = _common({names(m): r for m, r in ranks.items()})
-    alpha, alpha_pattern = _common(alphas)
+    settings = ranked_settings(
+        writer.names, ranks, scales, math.sqrt if stabilized else None
+    )
     settings = {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": rank_pattern or {},
-        "alpha_pattern": alpha_pattern or {},
+        "lora_alpha": settings.pop("alpha"),
         "lora_dropout": method.dropout,
         "use_rslora": stabilized,
         "use_dora": method.decompose,
         "init_lora_weights": True,
         "bias": "none",
         "fan_in_fan_out": any(
-            part.transposed and not _embeds(writer.names.layers[path])
+            part.transposed and not is_embedding(writer.names.layers[path])
             for parts in writer.modules.values()
             for path, part in parts.items()
         ),
+        **settings,
     }
     return settings, modules
-
-
-def _embeds(layer):
-    return isinstance(kernel_of(layer), EmbeddingKernel)
 
 
 def _combined(writer, parts):
@@ -283,7 +244,7 @@ def _combined(writer, parts):
     pieces = []
     for path, part in parts.items():
         if path in writer.leaves:
-            a, b = _low_rank(writer.leaves[path])
+            a, b = _low_rank(writer.weights(path))
             pieces.append((part, a, b, writer.method.scale_of(path)))
     scales = {scale for *_, scale in pieces}
     scale = scales.pop() if len(scales) == 1 else 1.0
@@ -302,9 +263,8 @@ def _combined(writer, parts):
     return whole_a, whole_b, scale
 
 
-def _low_rank(leaf):
+def _low_rank(w):
     """`A` and `B`; a residual start takes as many ranks again."""
-    w = {key: ops.convert_to_numpy(v) for key, v in leaf.parameters.items()}
     a, b = w["lora_kernel_a"], w["lora_kernel_b"]
     if "lora_initial_a" in w:
         a = np.concatenate([a, w["lora_initial_a"]], axis=1)
@@ -336,12 +296,11 @@ def _magnitude(writer, parts):
     _, outputs = next(iter(parts.values())).sizes
     magnitude = np.zeros(outputs, "float32")
     for path, part in parts.items():
-        leaf = writer.leaves.get(path)
-        if leaf is None:
+        if path in writer.leaves:
+            own = writer.weights(path)["lora_magnitude"]
+        else:
             kernel = kernel_of(writer.names.layers[path]).read()
             own = np.linalg.norm(kernel, axis=0)
-        else:
-            own = ops.convert_to_numpy(leaf.lora_magnitude)
         magnitude[part.outputs] = own
     return magnitude
 

@@ -35,12 +35,12 @@ def task(family):
     }.get(family.peer)
 
 
-def randomize(model, seed=0):
+def randomize(model, seed=0, scale=0.2):
     """Gives the trainable weights of a PEFT model values that matter."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.2 * torch.randn_like(parameter)
+            parameter.data += scale * torch.randn_like(parameter)
 
 
 def wrapped(name, tmp_path, config):
