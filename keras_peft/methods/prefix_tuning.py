@@ -1,10 +1,8 @@
 """Prefix tuning: learned keys and values in front of every attention."""
 
 import inspect
-import math
 
 import keras
-from keras import ops
 
 from keras_peft import layer_tree
 from keras_peft.blocks import find_blocks
@@ -12,12 +10,15 @@ from keras_peft.kernels import EinsumKernel
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.method import Method
+from keras_peft.methods.prefix_adapters import AttentionAdapter
+from keras_peft.methods.prefix_adapters import CausalAttentionAdapter
+from keras_peft.methods.prefix_adapters import PositionAdapter
+from keras_peft.methods.prefix_adapters import ProjectionAdapter
 from keras_peft.methods.settings import check_positive_integer
-from keras_peft.methods.virtual_tokens import TokenAdapter
-from keras_peft.methods.virtual_tokens import VirtualTokens
+from keras_peft.methods.token_adapters import passing_adapter
 from keras_peft.methods.virtual_tokens import generates
+from keras_peft.methods.virtual_tokens import has_positions
 from keras_peft.methods.virtual_tokens import is_backbone
-from keras_peft.methods.virtual_tokens import passing_adapter
 from keras_peft.methods.virtual_tokens import text_objection
 from keras_peft.methods.virtual_tokens import text_paths
 from keras_peft.methods.virtual_tokens import tokens_for
@@ -70,7 +71,7 @@ class PrefixTuning(Method):
         return (
             _computes_attention(layer)
             or isinstance(layer, keras.layers.EinsumDense)
-            or _has_positions(layer)
+            or has_positions(layer)
             or is_backbone(layer)
             or generates(layer)
         )
@@ -94,13 +95,13 @@ class PrefixTuning(Method):
             )
         if decodes:
             return [*carriers, *text_paths(model, self)[1:]]
-        places = [path for path, la in layers.items() if _has_positions(la)]
+        places = [path for path, la in layers.items() if has_positions(la)]
         return [*carriers, *places]
 
     def objection(self, path, layer):
         if _carries(layer) and not _heads(layer):
             return "its keys and values have no heads of one size"
-        if _has_positions(layer) and self.num_tokens >= layer.sequence_length:
+        if has_positions(layer) and self.num_tokens >= layer.sequence_length:
             return (
                 f"num_tokens={self.num_tokens} leaves no room in its "
                 f"{layer.sequence_length} positions"
@@ -109,9 +110,15 @@ class PrefixTuning(Method):
 
     def all_shapes(self, layers):
         places = _places(layers)
-        owner = next(iter(places))
+        owner, *_ = places
+        heads = {_heads(layers[path]) for path in places}
+        if len(heads) > 1:
+            raise ValueError(
+                "PrefixTuning needs keys and values of one size in all layers. "
+                f"Received: heads of {sorted(heads)}"
+            )
         shapes = {path: {} for path in layers}
-        shapes[owner] = self._shapes(places, *_heads(layers[owner]))
+        shapes[owner] = self._shapes(places, *heads.pop())
         return shapes
 
     def _shapes(self, places, heads, size):
@@ -132,10 +139,7 @@ class PrefixTuning(Method):
         places, shapes = _places(layers), self.all_shapes(layers)
         decodes = any(map(is_backbone, layers.values()))
         # Any word holds the place of a key and a value.
-        ids = [0] * self.num_tokens
-        tokens = VirtualTokens(ids, None)
-        if decodes:
-            tokens = tokens_for(layers, self, ids)
+        tokens = tokens_for(layers, [0] * self.num_tokens)
         created, owner = {}, None
         for path, layer in layers.items():
             if path in places:
@@ -143,7 +147,7 @@ class PrefixTuning(Method):
                 leaf = kind(layer, shapes[path], name, tokens)
                 owner = owner or leaf
                 leaf.take_from(owner, *places[path])
-            elif _has_positions(layer):
+            elif has_positions(layer):
                 leaf = PositionAdapter(layer, {}, name, tokens)
             else:
                 leaf = passing_adapter(layer, name, tokens)
@@ -171,12 +175,6 @@ def _carries(layer):
     )
 
 
-def _has_positions(layer):
-    return hasattr(layer, "position_embeddings") and hasattr(
-        layer, "sequence_length"
-    )
-
-
 def _is_decoder(layer):
     """Whether `layer` is a backbone that some causal task stands on."""
     if not is_backbone(layer):
@@ -198,9 +196,11 @@ def _carriers(layers, attention, decodes):
     """
     layer = layers[attention.path]
     own = isinstance(layer, keras.layers.MultiHeadAttention)
-    if _computes_attention(layer) and (own or decodes) and not attention.cross:
-        return [attention.path]
     rotates = any("rot" in path for path, _ in layer_tree.walk(layer))
+    if attention.cross or not (own or decodes):
+        return [None]
+    if _computes_attention(layer):
+        return [attention.path]
     if rotates or not decodes:
         return [None]
     return [attention.key, attention.value]
@@ -251,112 +251,3 @@ def _kind_for(layer, decodes):
     if not _computes_attention(layer):
         return ProjectionAdapter
     return CausalAttentionAdapter if decodes else AttentionAdapter
-
-
-# -- Adapters ----------------------------------------------------------------
-
-
-class PrefixAdapter(TokenAdapter):
-    """At a layer that takes a prefix.
-
-    The first of a model holds the weights of all. The others read them by its
-    method, which nothing tracks, so that each weight is kept once.
-    """
-
-    def take_from(self, owner, index, part):
-        """Says whose weights, of which attention, and keys or values."""
-        self.read = owner.prefixes
-        self.index, self.part = index, part
-
-    def initialize(self, rng):
-        for key, variable in self.parameters.items():
-            scale = 0.02 if key == "prefix" else 1.0
-            if key.endswith("_kernel"):
-                scale = 1 / math.sqrt(variable.shape[0])
-            if not key.endswith("_bias"):
-                value = rng.normal(scale=scale, size=variable.shape)
-                variable.assign(value.astype("float32"))
-
-    def prefixes(self, *index):
-        """Keys and values, `(num_tokens, layers, 2, heads, head_dim)`.
-
-        With `index`, those of one layer, or one part of them.
-        """
-        if "prefix" in self.kept:
-            return self.prefix[(slice(None), *index)]
-        hidden = ops.matmul(self.prefix_inputs, self.dense_0_kernel)
-        hidden = ops.tanh(hidden + self.dense_0_bias)
-        # Of one layer only: the last kernel is the largest.
-        kernel = self.dense_1_kernel[(slice(None), *index)]
-        return ops.tensordot(hidden, kernel, 1) + self.dense_1_bias[index]
-
-    def in_front_of(self, values, part, skip):
-        """`values` `(batch, tokens, heads, size)` without the first `skip`.
-
-        Before them come the prefix's. Where the heads of `values` repeat,
-        so do those.
-        """
-        rows = self.read(self.index, part)
-        rows = ops.repeat(rows, values.shape[2] // rows.shape[1], axis=1)
-        rows = ops.zeros_like(values[:, :1]) + ops.cast(rows, values.dtype)
-        return ops.concatenate([rows, values[:, skip:]], axis=1)
-
-    def around(self, call, *args, **kwargs):
-        return call(*args, **kwargs)
-
-
-class ProjectionAdapter(PrefixAdapter):
-    """At a key or value projection of a decoder."""
-
-    def around(self, call, *args, **kwargs):
-        outputs = call(*args, **kwargs)
-        if not (self.present and self.tokens.inside):
-            return outputs
-        return self.in_front_of(outputs, self.part, self.tokens.num_tokens)
-
-
-class PrefixedAttention:
-    """Mixed into an attention: its keys and values begin with the prefix."""
-
-    def _compute_attention(self, *args, **kwargs):
-        attend = super()._compute_attention
-        for adapter in self.adapters.values():
-            if isinstance(adapter, AttentionAdapter) and adapter.present:
-                bound = inspect.signature(attend).bind(*args, **kwargs)
-                adapter.change(bound.arguments)
-                return attend(*bound.args, **bound.kwargs)
-        return attend(*args, **kwargs)
-
-
-class AttentionAdapter(PrefixAdapter):
-    """At an attention: the prefix makes its keys and values longer."""
-
-    mixin = PrefixedAttention
-
-    def change(self, arguments, skip=0):
-        """Changes the `arguments` of `_compute_attention`, by name."""
-        _, key, value, *_ = arguments
-        arguments[key] = self.in_front_of(arguments[key], 0, skip)
-        arguments[value] = self.in_front_of(arguments[value], 1, skip)
-        mask = arguments.get("attention_mask")
-        if mask is not None and not skip:
-            seen = ops.ones_like(mask[..., :1])
-            seen = ops.repeat(seen, self.tokens.num_tokens, axis=-1)
-            mask = ops.concatenate([seen, mask], axis=-1)
-            arguments["attention_mask"] = mask
-
-
-class CausalAttentionAdapter(AttentionAdapter):
-    """At an attention of a decoder, where virtual tokens hold the place."""
-
-    def change(self, arguments):
-        super().change(arguments, skip=self.tokens.num_tokens)
-
-
-class PositionAdapter(TokenAdapter):
-    """At learned positions of an encoder: the text's begin after the prefix."""
-
-    def around(self, call, inputs, start_index=0, **kwargs):
-        if self.present:
-            start_index = start_index + self.tokens.num_tokens
-        return call(inputs, start_index=start_index, **kwargs)

@@ -7,8 +7,8 @@ from keras import ops
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.method import Method
 from keras_peft.methods.settings import check_positive_integer
-from keras_peft.methods.virtual_tokens import EmbeddingAdapter
-from keras_peft.methods.virtual_tokens import InFrontOfText
+from keras_peft.methods.token_adapters import EmbeddingAdapter
+from keras_peft.methods.token_adapters import InFrontOfText
 
 _INITS = ("random", "vocabulary")
 

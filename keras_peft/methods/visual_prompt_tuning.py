@@ -10,7 +10,7 @@ from keras_peft.blocks import attention_paths
 from keras_peft.blocks import find_blocks
 from keras_peft.methods.method import Method
 from keras_peft.methods.settings import check_positive_integer
-from keras_peft.methods.virtual_tokens import TokenAdapter
+from keras_peft.methods.token_adapters import TokenAdapter
 from keras_peft.methods.virtual_tokens import only_backbone
 
 
