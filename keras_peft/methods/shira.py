@@ -99,6 +99,7 @@ class SHiRAAdapter(VariableAdapter):
     def additions(self):
         kernel = self.kernel
         values = self.shira_values * self.strength
-        shape = (kernel.inputs, kernel.outputs)
-        delta = ops.scatter(self.shira_indices, values, shape)
+        # Not `ops.scatter`: on torch that is a loop over the entries.
+        nothing = ops.zeros((kernel.inputs, kernel.outputs), values.dtype)
+        delta = ops.scatter_update(nothing, self.shira_indices, values)
         return [(kernel.variable, kernel.as_kernel(delta))]
