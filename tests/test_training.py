@@ -18,7 +18,7 @@ from keras_peft import adapter_state
 INPUTS, OUTPUTS, TOKENS, RANK = 37, 41, 6, 3
 
 
-def wide_model():
+def wide_model(method):
     """Kernels whose size no activation, adapter or batch shares."""
     inputs = keras.Input((TOKENS, INPUTS))
     hidden = keras.layers.EinsumDense(
@@ -27,7 +27,7 @@ def wide_model():
     hidden = keras.layers.Reshape((TOKENS, OUTPUTS))(hidden)
     hidden = keras.layers.Dense(INPUTS, activation="relu")(hidden)
     model = keras.Model(inputs, keras.layers.Dense(OUTPUTS)(hidden))
-    keras_peft.adapt(model, keras_peft.LoRA(RANK))
+    keras_peft.adapt(model, method)
     return model, np.ones((2, TOKENS, INPUTS), "float32")
 
 
@@ -104,16 +104,30 @@ def made_on_tensorflow(model, inputs):
     ]
 
 
+# Methods whose changes are thin, and the width of their hidden products.
+THIN = {
+    "lora": (lambda: keras_peft.LoRA(RANK), RANK),
+    "loha": (lambda: keras_peft.LoHa(2), 4),
+    "lokr": (lambda: keras_peft.LoKr(RANK), RANK),
+    "vera": (lambda: keras_peft.VeRA(5), 5),
+    "miss": (lambda: keras_peft.MiSS(RANK), RANK),
+    "adalora": (lambda: keras_peft.AdaLoRA(RANK), RANK),
+}
+
+
 @pytest.mark.slice
 @pytest.mark.filterwarnings("ignore:.*jax.core.*:DeprecationWarning")
-def test_no_full_size_delta_and_no_full_size_gradient_is_ever_formed():
-    model, inputs = wide_model()
+@pytest.mark.parametrize("make, hidden", THIN.values(), ids=THIN)
+def test_no_full_size_delta_and_no_full_size_gradient_is_ever_formed(
+    make, hidden
+):
+    model, inputs = wide_model(make())
     made = {
         "jax": made_on_jax,
         "torch": made_on_torch,
         "tensorflow": made_on_tensorflow,
     }[keras.backend.backend()](model, inputs)
-    assert TOKENS * 2 * RANK in made  # The product with A was seen.
+    assert TOKENS * 2 * hidden in made  # The first product was seen.
     assert INPUTS * OUTPUTS not in made
 
 
