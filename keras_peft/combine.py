@@ -68,8 +68,8 @@ def combine_adapters(
         folder: Path of the folder to write. It appears whole or not at all.
         method: One of the above.
         rank: Positive integer, for the methods that approximate. `None` takes
-            the largest rank that an adapter has at the layer; PiSSA and OLoRA
-            count twice, `A @ B` and the start that they subtract.
+            the largest rank that an adapter has at the layer; PiSSA, OLoRA
+            and LoftQ count twice, `A @ B` and the start that they subtract.
         density: Number in `(0, 1]`, for `"ties"`, `"dare"` and
             `"magnitude_prune"`.
         seed: Integer, for `"dare"`. `None` draws one from Python's generator,

@@ -41,6 +41,8 @@ SOURCES = {
         ["query", "value"],
     ),
     "pissa": (keras_peft.LoRA(2, alpha=3, init="pissa"), ["query", "value"]),
+    "loftq": (keras_peft.LoRA(2, init="loftq"), ["query", "value"]),
+    "olora": (keras_peft.LoRA(2, init="olora"), ["query", "key"]),
     "embedding": (keras_peft.LoRA(2), ["embeddings", "value"]),
 }
 
