@@ -1,4 +1,4 @@
-"""Turn a merged Keras model into a folder that runs on a device."""
+"""Turn a fine-tuned Keras model into a folder that runs on a device."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +37,9 @@ def to_onnx(
     with the keras-hub layer on text in many scripts.
 
     Args:
-        model: A built Keras model without adapters; `keras_peft.merge` first.
+        model: A built Keras model. Adapters that can be merged must be, with
+            `keras_peft.merge`; active ones that cannot, such as
+            `keras_peft.BottleneckAdapter`, become part of the graph.
         folder: Where to write. A new folder, or an older export.
         quantize: `None` for float32, `"float16"` for half the bytes, or
             `"int8"` for a quarter and more speed on processors.
@@ -59,8 +61,8 @@ def to_onnx(
         An `ExportReport`; `print` shows size, latency and quality by step.
 
     Raises:
-        ValueError: If an argument does not fit, the model carries adapters,
-            or a check fails. The folder is then as it was.
+        ValueError: If an argument does not fit, the model carries adapters
+            that can be merged, or a check fails. The folder is then as it was.
         ImportError: If `pip install keras-peft[export]` is missing.
 
     Example:
@@ -101,7 +103,7 @@ def verify(
 
     Args:
         folder: A folder that `to_onnx` wrote.
-        model: The Keras model it was exported from, merged.
+        model: The Keras model it was exported from, as it was then.
         samples: Samples to compare on, as in `to_onnx`; made up by default.
 
     Returns:

@@ -1,4 +1,4 @@
-"""From a merged Keras model to a checked ONNX graph in memory."""
+"""From a Keras model to a checked ONNX graph in memory."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -32,7 +32,8 @@ def build_onnx(
     """Traces, optimizes, quantizes and checks `model`; writes nothing.
 
     Args:
-        model: A built Keras model without adapters, on any backend.
+        model: A built Keras model, on any backend. Adapters on it become
+            part of the graph.
         quantize: `None` for float32, `"float16"`, or `"int8"`.
         calibration: Real inputs to check with: one batch or a sequence of
             batches. A batch is an array, or a dictionary of arrays by input

@@ -1,4 +1,4 @@
-"""From a merged Keras model to a folder that a device can run."""
+"""From a Keras model to a folder that a device can run."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ from typing import Any
 
 import keras
 
-from keras_peft import layer_tree
 from keras_peft.export import measure
 from keras_peft.export import samples as inputs
+from keras_peft.export.adapters import adapter_problems
 from keras_peft.export.assess import Evaluation
 from keras_peft.export.assess import assess
 from keras_peft.export.batches import Rows
@@ -96,7 +96,7 @@ def verify(
     import onnx
 
     folder, manifest = read_folder(folder)
-    problems = _adapted(model)
+    problems = adapter_problems(model)
     if problems:
         raise ValueError(" ".join(problems))
     signature = read_signature(model)
@@ -135,7 +135,7 @@ def _check(
     evaluation: tuple[Any, Any] | None,
 ) -> None:
     """Finds everything that is wrong before any work is done."""
-    problems = [*_adapted(model), *check_target(folder)]
+    problems = [*adapter_problems(model), *check_target(folder)]
     problems += _wrong_labels(model, labels)
     if evaluation is not None and len(evaluation) != 2:
         problems.append(
@@ -144,18 +144,6 @@ def _check(
         )
     if problems:
         raise ValueError("\n".join(problems))
-
-
-def _adapted(model: keras.Model) -> list[str]:
-    paths = [path for path, _ in layer_tree.adapted_layers(model)]
-    if not paths:
-        return []
-    return [
-        "The model carries adapters; a file for a device holds plain layers. "
-        "Call `keras_peft.merge(model)` first; `keras_peft.unmerge(model)` "
-        f"brings the adapters back. Received: {len(paths)} adapted layers, "
-        f"{paths[:3]}{'...' if len(paths) > 3 else ''}"
-    ]
 
 
 def _wrong_labels(

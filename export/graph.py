@@ -1,4 +1,4 @@
-"""Merged Keras model -> ONNX graph, traced in a process of its own.
+"""Keras model -> ONNX graph, traced in a process of its own.
 
 The process has a backend of its own too, so a model trained on JAX is traced
 by torch or TensorFlow; it receives the model as a `.keras` file.
