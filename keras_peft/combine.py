@@ -1,29 +1,23 @@
 """One adapter out of several: folders in, a folder out, no model needed."""
 
-import dataclasses
 import random
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from keras_peft import adapter_io
+from keras_peft import lora_folder
 from keras_peft.combination import FULL
 from keras_peft.combination import THIN
 from keras_peft.combination import Combination
-from keras_peft.files import existing_folder
 from keras_peft.files import whole_folder
 from keras_peft.fingerprint import differences
+from keras_peft.lora_folder import FACTORS
 from keras_peft.low_rank import LowRankReport
 from keras_peft.methods.lora import LoRA
-
-# `A @ B`, and what PiSSA and OLoRA subtract from it.
-_FACTORS = ("lora_kernel_a", "lora_kernel_b")
-_INITIAL = ("lora_initial_a", "lora_initial_b")
-_HEAD = "head:"
 
 
 def combine_adapters(
@@ -92,7 +86,7 @@ def combine_adapters(
     >>> keras_peft.load_adapter(model, "both/")
     """
     _check_arguments(adapters, weights, method, rank, density, seed)
-    sources = [_read(path) for path in adapters]
+    sources = [lora_folder.read(path) for path in adapters]
     _check_fit(sources)
     kept = _choose_head(sources, head)
     if method == "dare":
@@ -119,76 +113,6 @@ def combine_adapters(
 
 
 # -- Reading and checking ----------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """What one adapter folder holds."""
-
-    folder: str
-    method: LoRA
-    settings: dict[str, Any]
-    tensors: dict[str, np.ndarray]
-
-    @property
-    def layers(self) -> dict[str, dict]:
-        return self.settings["layers"]
-
-    @property
-    def head(self) -> dict[str, np.ndarray]:
-        tensors = self.tensors.items()
-        return {k: value for k, value in tensors if k.startswith(_HEAD)}
-
-    def change(self, path: str) -> tuple[np.ndarray, np.ndarray]:
-        """`(a, b)` in float64 whose product changes the kernel at `path`."""
-        a, b = (self._tensor(path, key) for key in _FACTORS)
-        if f"{path}.{_INITIAL[0]}" in self.tensors:
-            initial = [self._tensor(path, key) for key in _INITIAL]
-            a = np.concatenate([a, initial[0]], axis=1)
-            b = np.concatenate([b, -initial[1]])
-        return a, b * self.method.scale_of(path)
-
-    def _tensor(self, path, key):
-        return self.tensors[f"{path}.{key}"].astype("float64")
-
-
-def _read(path):
-    folder = str(path)
-    settings, method, tensors = adapter_io.read_files(existing_folder(path))
-    if not isinstance(method, LoRA) or method.decompose:
-        kind = "DoRA" if isinstance(method, LoRA) else type(method).__name__
-        raise ValueError(
-            f"Only changes of kernels by LoRA can be added up, and {kind} is "
-            "none. Load the adapter, convert it with `keras_peft.to_lora("
-            f"model)`, and save it again. Received: {folder!r} with {method}"
-        )
-    source = _Source(folder, method, settings, tensors)
-    wrong = [w for path in source.layers for w in _wrong_in(source, path)]
-    if wrong:
-        raise ValueError(
-            "The adapter's tensors do not fit its settings: "
-            f"{'; '.join(wrong[:8])}. Save it again. Received: {folder!r}"
-        )
-    return source
-
-
-def _wrong_in(source, path):
-    """What speaks against the tensors of one layer."""
-    keys = _FACTORS
-    if any(f"{path}.{key}" in source.tensors for key in _INITIAL):
-        keys += _INITIAL
-    missing = [k for k in keys if f"{path}.{k}" not in source.tensors]
-    if missing:
-        return [f"missing `{path}.{key}`" for key in missing]
-    rank, wrong = source.method.rank_of(path), []
-    for key in keys:
-        tensor = source.tensors[f"{path}.{key}"]
-        axis = 1 if key.endswith("a") else 0
-        if tensor.ndim != 2 or tensor.shape[axis] != rank:
-            wrong.append(f"`{path}.{key}` of {tensor.shape} is not rank {rank}")
-        elif not np.isfinite(tensor).all():
-            wrong.append(f"`{path}.{key}` holds NaN or infinity")
-    return wrong
 
 
 def _check_arguments(adapters, weights, method, rank, density, seed):
@@ -299,7 +223,7 @@ def _write(folder, source, layers, found, head):
     tensors = {
         f"{path}.{key}": factor
         for path, (*factors, _) in found.items()
-        for key, factor in zip(_FACTORS, factors, strict=True)
+        for key, factor in zip(FACTORS, factors, strict=True)
     }
     with whole_folder(folder) as staging:
         adapter_io.write_files(
