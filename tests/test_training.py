@@ -112,6 +112,10 @@ THIN = {
     "vera": (lambda: keras_peft.VeRA(5), 5),
     "miss": (lambda: keras_peft.MiSS(RANK), RANK),
     "adalora": (lambda: keras_peft.AdaLoRA(RANK), RANK),
+    "oft": (lambda: keras_peft.OFT(num_blocks=1), INPUTS),
+    "boft": (lambda: keras_peft.BOFT(num_blocks=1), INPUTS),
+    "hra": (lambda: keras_peft.HRA(2), 2),
+    "bias": (keras_peft.BiasTuning, OUTPUTS),
 }
 
 

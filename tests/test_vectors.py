@@ -92,8 +92,6 @@ def test_a_fresh_vector_changes_no_bit_and_has_the_variables_size(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make, method, count", ROWS)
 def test_merged_equals_adapted(make, method, count, dtype):
-    if keras.backend.backend() == "tensorflow" and dtype == "float16":
-        pytest.skip("TensorFlow has no float16 batch normalization here")
     layer, inputs = _build(make, dtype)
     base = _call(layer, inputs)
     adapter = _attach(method, layer, scale=0.5)

@@ -100,7 +100,7 @@ class BOFTAdapter(RotationAdapter):
         self.boft_scale.assign(np.ones(self.boft_scale.shape))
 
     def turn(self, rows, transposed=False):
-        learned = self.boft_rotation.value
+        learned = ops.convert_to_tensor(self.boft_rotation)
         skew = 0.5 * (learned - ops.swapaxes(learned, 2, 3))
         blocks = cayley(skew)  # (factors, blocks, size, size)
         if transposed:

@@ -85,7 +85,7 @@ class HRAAdapter(RotationAdapter):
 
     def _factors(self):
         """`R - I` as a product of `(inputs, rank)` and `(rank, inputs)`."""
-        vectors = self.hra_vectors.value
+        vectors = ops.convert_to_tensor(self.hra_vectors)
         vectors = vectors / ops.norm(vectors, axis=0)
         across = ops.transpose(vectors)
         products = ops.matmul(across, vectors)

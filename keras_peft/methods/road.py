@@ -129,7 +129,8 @@ class RoAdAdapter(KernelAdapter):
     def _entries(self):
         """Per output, the factors of itself and of its partner."""
         half = self.group_size // 2
-        theta, alpha = self.road_theta.value, self.road_alpha.value
+        theta = ops.convert_to_tensor(self.road_theta)
+        alpha = ops.convert_to_tensor(self.road_alpha)
         cosine, sine = alpha * ops.cos(theta), alpha * ops.sin(theta)
         if self.variant == 2:
             return cosine, sine
