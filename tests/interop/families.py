@@ -346,5 +346,6 @@ def of_ours(model, arrays):
         given = {i.name: given[i.name] for i in model.inputs}
     found = model(given, training=False)
     if isinstance(found, dict):
-        found = found["sequence_output"]
+        key = "decoder_sequence_output"
+        found = found.get(key, found.get("sequence_output"))
     return keras.ops.convert_to_numpy(found).astype("float32")
