@@ -5,7 +5,6 @@ everything before it changes anything, and executes nothing from a file.
 """
 
 import hashlib
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+import keras_peft
 from keras_peft import adapted_model
 from keras_peft import adapter_state
 from keras_peft import layer_tree
@@ -99,8 +99,8 @@ def write_files(
         "format": _FORMAT,
         "version": _VERSION,
         "written_by": {
-            package: importlib.metadata.version(package)
-            for package in ("keras-peft", "keras")
+            "keras-peft": keras_peft.__version__,
+            "keras": keras.__version__,
         },
         "method": {
             "name": type(method).__name__,
