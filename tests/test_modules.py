@@ -277,30 +277,89 @@ def test_every_block_of_every_family_carries_its_adapters(name, method):
         leaf.strength.assign(0.0)
 
 
-@pytest.mark.slice
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("method", METHODS)
-def test_generate_is_greedy_over_the_adapted_logits(name, method):
-    model = build(name)
+# A task of each way to call a block with a cache.
+TASKS = {
+    "gpt2": "GPT2CausalLM",
+    "llama": "LlamaCausalLM",
+    "bloom": "BloomCausalLM",
+    "falcon": "FalconCausalLM",
+    "phi3": "Phi3CausalLM",
+    "gemma": "GemmaCausalLM",
+    "gemma3": "Gemma3CausalLM",
+    "smollm3": "SmolLM3CausalLM",
+    "mixtral": "MixtralCausalLM",
+    "bart": "BartSeq2SeqLM",
+    "t5": "T5Seq2SeqLM",
+}
+
+
+def task(name):
+    """A task that writes greedily, all its matrices random."""
+    import keras_hub
+
+    row = BACKBONES[name]
+    kind = getattr(keras_hub.models, TASKS[name])
+    model = kind(backbone=row.build(), preprocessor=None)
     model.compile(sampler="greedy")
+    rng = np.random.default_rng(0)
+    for variable in model.variables:
+        if len(variable.shape) > 1:
+            noise = rng.normal(scale=0.5, size=variable.shape)
+            variable.assign(noise.astype("float32"))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*does not support masking")
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        pytest.param(
+            name,
+            method,
+            id=f"{name}-{method}",
+            marks=[pytest.mark.slice] * (name == "gpt2"),
+        )
+        for name in TASKS
+        for method in ("reft", "parallel")
+        if method == "reft" or not BACKBONES[name].experts
+    ],
+)
+def test_generation_with_a_cache_is_greedy_over_the_adapted_logits(
+    name, method
+):
+    model = task(name)
+    rng = np.random.default_rng(2)
+    side = "decoder_" if BACKBONES[name].cross else ""
+    given = {}
+    if side:
+        given["encoder_token_ids"] = rng.integers(1, 20, (2, 5))
+        given["encoder_padding_mask"] = np.arange(5) < [[5], [3]]
+    tokens = rng.integers(1, 20, (2, 7))
+    # The first text begins shorter than what is edited of it.
+    lengths = np.array([2, 4])
+    prompt = np.arange(7) < lengths[:, None]
+
+    def by_logits():
+        expected = np.where(prompt, tokens, 0)
+        for position in range(2, 7):
+            seen = np.tile(np.arange(7) < position, (2, 1))
+            text = {f"{side}token_ids": expected, f"{side}padding_mask": seen}
+            logits = numpy(model(given | text))[:, position - 1]
+            written = position >= lengths
+            kept = expected[:, position]
+            expected[:, position] = np.where(written, logits.argmax(-1), kept)
+        return expected
+
+    base = by_logits()
     keras_peft.adapt(model, METHODS[method])
     randomize(model, scale=1.0)
-    prompt = data(name, samples=2)[0]
-    prompt = {key: value[:, :6].copy() for key, value in prompt.items()}
-    # The first row's prompt is shorter than the positions that are edited.
-    lengths = np.array([2, 4])
-    mask = np.arange(6)[None] < lengths[:, None]
-    prompt["padding_mask"] = mask
-    prompt["token_ids"] = np.where(mask, prompt["token_ids"], 0)
-    expected = prompt["token_ids"].copy()
-    for position in range(2, 6):
-        seen = np.repeat(np.arange(6)[None] < position, 2, axis=0)
-        logits = numpy(model({"token_ids": expected, "padding_mask": seen}))
-        chosen = logits[:, position - 1].argmax(-1)
-        written = position >= lengths
-        expected[:, position] = np.where(written, chosen, expected[:, position])
-    generated = model.generate(prompt, stop_token_ids=None)
-    assert np.array_equal(generated["token_ids"], expected)
+    expected = by_logits()
+    assert not np.array_equal(base, expected)
+    start = {f"{side}token_ids": np.where(prompt, tokens, 0)}
+    start |= {f"{side}padding_mask": prompt} | given
+    start = {k: keras.ops.convert_to_tensor(v) for k, v in start.items()}
+    found = model.generate_step(start, stop_token_ids=None)
+    assert np.array_equal(numpy(found[f"{side}token_ids"]), expected)
 
 
 def test_last_positions_of_a_text_that_grows_are_an_error():
