@@ -63,6 +63,13 @@ class WatchingOptimizer:
         self.assign(uncertainty, beta2 * uncertainty + (1 - beta2) * spread)
         self.assign(sensitivity, smooth)
 
+    def save_own_variables(self, store):
+        # As the optimizer that a model file describes, which has no more.
+        own = {id(variable) for variable in self.importance.variables()}
+        kept = [v for v in self.variables if id(v) not in own]
+        for index, variable in enumerate(kept):
+            store[str(index)] = ops.convert_to_numpy(variable)
+
 
 def watch(model: keras.Model, variables: list, betas: tuple) -> Importance:
     """Lets the optimizer of a model that is about to train watch variables."""

@@ -278,6 +278,29 @@ def test_a_run_that_was_killed_allocates_the_same_ranks(tmp_path):
     assert same_bits(expected[0], found[0]) and expected[1] == found[1]
 
 
+def test_a_model_file_from_within_training_keeps_the_optimizers_slots(
+    tmp_path,
+):
+    model, x, y = two_layers()
+    model.compile(keras.optimizers.Adam(RATE), "mse")
+    file = tmp_path / "model.keras"
+    model.fit(
+        x,
+        y,
+        verbose=0,
+        callbacks=[
+            keras_peft.RankAllocator(1),
+            keras.callbacks.ModelCheckpoint(file),
+        ],
+    )
+    other = keras.models.load_model(file).optimizer
+    assert len(other.variables) == len(model.optimizer.variables)
+    for ours, theirs in zip(
+        model.optimizer.variables, other.variables, strict=True
+    ):
+        assert np.array_equal(numpy(ours), numpy(theirs))
+
+
 def test_the_penalty_is_the_papers_and_counts_once():
     inputs = keras.Input((4,))
     layer = keras.layers.Dense(4)
@@ -292,6 +315,46 @@ def test_the_penalty_is_the_papers_and_counts_once():
     found = float(numpy(sum(model.losses)))
     # float32, sums of 4 terms.
     assert found == pytest.approx(expected, rel=16 * 2.0**-23)
+
+
+SETTINGS = {
+    "loha rank": (lambda: keras_peft.LoHa(rank=0), "positive integer"),
+    "loha alpha": (lambda: keras_peft.LoHa(alpha=-1), "`alpha`"),
+    "lokr rank": (lambda: keras_peft.LoKr(rank=1.5), "positive integer"),
+    "lokr factor": (
+        lambda: keras_peft.LoKr(decompose_factor=0),
+        "`decompose_factor`",
+    ),
+    "vera rank": (lambda: keras_peft.VeRA(rank=-1), "positive integer"),
+    "vera start": (lambda: keras_peft.VeRA(d_initial=0), "`d_initial`"),
+    "vera seed": (lambda: keras_peft.VeRA(seed=-1), "`seed`"),
+    "miss rank": (lambda: keras_peft.MiSS(rank=True), "positive integer"),
+    "shira rank": (lambda: keras_peft.SHiRA(rank=0), "positive integer"),
+    "adalora rank": (lambda: keras_peft.AdaLoRA(rank=0), "positive integer"),
+    "adalora penalty": (
+        lambda: keras_peft.AdaLoRA(orthogonality=-0.1),
+        "`orthogonality`",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, words", SETTINGS.values(), ids=SETTINGS)
+def test_settings_out_of_range_are_refused(make, words):
+    with pytest.raises(ValueError, match="Received: ") as caught:
+        make()
+    assert words in str(caught.value)
+
+
+def test_kernels_that_are_too_small_are_named():
+    layer = keras.layers.Dense(6)
+    layer.build((None, 5))
+    for method, words in (
+        (keras_peft.LoHa(6), "rank 6 is larger"),
+        (keras_peft.AdaLoRA(6), "rank 6 is larger"),
+        (keras_peft.MiSS(6), r"inputs (5)"),
+        (keras_peft.SHiRA(3), "33 entries of its kernel, which has 30"),
+    ):
+        assert words in method.objection("layer", layer)
 
 
 ALLOCATORS = {
