@@ -116,16 +116,19 @@ class PTuningAdapter(EmbeddingAdapter):
         inputs = ops.matmul(inputs, getattr(self, f"{way}_kernel"))
         inputs = inputs + getattr(self, f"{way}_bias")
 
-        def step(states, gates):
-            hidden, cell = states
+        # Hidden and cell state in one array: TensorFlow scans over one alone.
+        def step(state, gates):
+            hidden, cell = ops.split(state, 2)
             gates = gates + ops.matmul(hidden[None], recurrent)[0]
             enter, forget, candidate, leave = ops.split(gates, 4)
             cell = ops.sigmoid(forget) * cell
             cell = cell + ops.sigmoid(enter) * ops.tanh(candidate)
             hidden = ops.sigmoid(leave) * ops.tanh(cell)
-            return (hidden, cell), hidden
+            state = ops.concatenate([hidden, cell])
+            return state, state
 
-        start = ops.zeros((recurrent.shape[0],), "float32")
+        units = recurrent.shape[0]
+        start = ops.zeros((2 * units,), "float32")
         reverse = way == "backward"
-        _, states = ops.scan(step, (start, start), inputs, reverse=reverse)
-        return states  # (num_tokens, hidden_dim)
+        _, states = ops.scan(step, start, inputs, reverse=reverse)
+        return states[:, :units]  # (num_tokens, hidden_dim)
