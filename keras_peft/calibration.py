@@ -1,6 +1,7 @@
 """What the inputs of layers look like, from a few batches of data."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -48,7 +49,7 @@ class ObservedLayer:
 
 
 def observe(
-    model: keras.Layer, layers: Mapping[str, keras.Layer], calibration
+    model: keras.Layer, layers: Mapping[str, keras.Layer], calibration: Any
 ) -> dict[str, LayerInputs]:
     """Runs `model` on data, and returns `{path: inputs of that layer}`.
 

@@ -15,13 +15,16 @@ class Method:
     (`shapes`) and creates the adapter for it (`create`).
     """
 
-    # Patterns over layer paths that must each match an adapted layer.
-    patterns = ()
     # Whether start values depend on what the layers' inputs look like.
     calibrated = False
 
     def __init__(self):
         """Most methods have settings; these have none."""
+
+    @property
+    def patterns(self):
+        """Patterns over layer paths that must each match an adapted layer."""
+        return ()
 
     def accepts(self, layer):
         """Whether a built layer is of a kind that the method can adapt."""
