@@ -37,17 +37,17 @@ _ATTENTION = (
     ("attention.attention.value", "attention.v_proj"),
     ("attention.output.dense", "attention.o_proj"),
 )
-_VIT = (
-    ("encoder.layer.", "layers."),
-    *_ATTENTION,
+_FEED_FORWARD = (
     ("intermediate.dense", "mlp.fc1"),
     ("output.dense", "mlp.fc2"),
 )
+_VIT = (("encoder.layer.", "layers."), *_ATTENTION, *_FEED_FORWARD)
 _RENAMED = {
     "vit": _VIT,
     "deit": _VIT,
     "dinov2": _ATTENTION,
     "dinov3": (("layer.", "model.layer."),),
+    "swin_transformer": (*_ATTENTION, *_FEED_FORWARD),
 }
 
 # The modules of a HF classifier's head, by the attributes of keras-hub's.

@@ -43,9 +43,9 @@ _SIZES = dict(
     max_position_embeddings=32,
     tie_word_embeddings=False,
 )
-_DECODER = _SIZES | dict(num_key_value_heads=2)
-_GEMMA = _DECODER | dict(head_dim=8, tie_word_embeddings=True)
-_ENCODER = _SIZES | dict(
+DECODER = _SIZES | dict(num_key_value_heads=2)
+_GEMMA = DECODER | dict(head_dim=8, tie_word_embeddings=True)
+ENCODER = _SIZES | dict(
     hidden_act="gelu_pytorch_tanh",
     type_vocab_size=2,
     hidden_dropout_prob=0.0,
@@ -53,10 +53,10 @@ _ENCODER = _SIZES | dict(
     layer_norm_eps=1e-12,
     pad_token_id=1,
 )
-_ROBERTA = _ENCODER | dict(
+_ROBERTA = ENCODER | dict(
     type_vocab_size=1, layer_norm_eps=1e-5, hidden_act="gelu"
 )
-_IMAGE = dict(
+IMAGE = dict(
     image_size=16,
     patch_size=4,
     hidden_size=16,
@@ -86,7 +86,7 @@ def _decoder(config, settings, model, **kwargs):
 FAMILIES = {
     "bert": Family(
         "BertConfig",
-        _ENCODER,
+        ENCODER,
         "AutoModelForSequenceClassification",
         "BertTextClassifier",
         _SELF,
@@ -129,7 +129,7 @@ FAMILIES = {
     ),
     "albert": Family(
         "AlbertConfig",
-        _ENCODER | dict(embedding_size=8, num_hidden_groups=1),
+        ENCODER | dict(embedding_size=8, num_hidden_groups=1),
         "AutoModelForSequenceClassification",
         "AlbertTextClassifier",
         _SELF,
@@ -173,23 +173,23 @@ FAMILIES = {
         ("c_fc", "mlp.c_proj"),
         conv1d=True,
     ),
-    "llama": _decoder("LlamaConfig", _DECODER, "Llama3"),
+    "llama": _decoder("LlamaConfig", DECODER, "Llama3"),
     "mistral": _decoder(
-        "MistralConfig", _DECODER | dict(sliding_window=32), "Mistral"
+        "MistralConfig", DECODER | dict(sliding_window=32), "Mistral"
     ),
     "qwen2": _decoder(
         "Qwen2Config",
-        _DECODER | dict(use_sliding_window=False, sliding_window=32),
+        DECODER | dict(use_sliding_window=False, sliding_window=32),
         "Qwen",
     ),
     "qwen3": _decoder(
         "Qwen3Config",
-        _DECODER | dict(head_dim=8, sliding_window=None),
+        DECODER | dict(head_dim=8, sliding_window=None),
         "Qwen3",
     ),
     "smollm3": _decoder(
         "SmolLM3Config",
-        _DECODER
+        DECODER
         | dict(
             no_rope_layers=[1, 1],
             tie_word_embeddings=True,
@@ -210,7 +210,7 @@ FAMILIES = {
     ),
     "vit": Family(
         "ViTConfig",
-        _IMAGE,
+        IMAGE,
         "AutoModelForImageClassification",
         "ViTImageClassifier",
         _QKVO,
@@ -219,7 +219,7 @@ FAMILIES = {
     ),
     "dinov2": Family(
         "Dinov2Config",
-        _IMAGE | dict(mlp_ratio=2),
+        IMAGE | dict(mlp_ratio=2),
         "AutoModel",
         "DINOV2Backbone",
         _QKVO,
@@ -228,7 +228,7 @@ FAMILIES = {
     ),
     "dinov3": Family(
         "DINOv3ViTConfig",
-        _IMAGE,
+        IMAGE,
         "AutoModel",
         "DINOV3Backbone",
         _QKVO,
