@@ -1,4 +1,4 @@
-"""Which adapters can be part of an exported graph."""
+"""Adapters as a part of an exported graph."""
 
 import keras
 
@@ -40,6 +40,19 @@ def adapter_problems(model: keras.Model) -> list[str]:
             f"`keras_peft.set_adapter`. Received: inactive adapters {idle}"
         ]
     return []
+
+
+def taken_positions(model: keras.Model) -> int:
+    """How many positions of a text model its adapters take."""
+    return max(
+        (
+            adapter.positions
+            for _, layer in layer_tree.adapted_layers(model)
+            for adapter in layer.adapters.values()
+            if adapter.present
+        ),
+        default=0,
+    )
 
 
 def _acts(adapter: keras.Layer) -> bool:

@@ -12,6 +12,7 @@ import keras
 from keras_peft.export import measure
 from keras_peft.export import samples as inputs
 from keras_peft.export.adapters import adapter_problems
+from keras_peft.export.adapters import taken_positions
 from keras_peft.export.assess import Evaluation
 from keras_peft.export.assess import assess
 from keras_peft.export.batches import Rows
@@ -31,6 +32,7 @@ from keras_peft.export.report import ExportReport
 from keras_peft.export.result import TensorSpec
 from keras_peft.export.result import Verification
 from keras_peft.export.signature import Signature
+from keras_peft.export.signature import longest_sequence
 from keras_peft.export.signature import read_signature
 
 # How far a check on other samples may exceed what the export measured.
@@ -52,7 +54,7 @@ def to_onnx(
     if preprocessor is None:
         preprocessor = getattr(model, "preprocessor", None)
     preprocessor = preprocessor or None  # `False` leaves it out.
-    _check(model, folder, labels, evaluation)
+    _check(model, folder, preprocessor, labels, evaluation)
     signature = read_signature(model)
     specs = [TensorSpec(i.name, i.dtype, i.shape) for i in signature.inputs]
     texts = list(calibration) if is_texts(calibration) else []
@@ -131,11 +133,13 @@ def _compare_with_export(
 def _check(
     model: keras.Model,
     folder: str | Path,
+    preprocessor: Any,
     labels: Sequence[str] | None,
     evaluation: tuple[Any, Any] | None,
 ) -> None:
     """Finds everything that is wrong before any work is done."""
     problems = [*adapter_problems(model), *check_target(folder)]
+    problems += _too_long(model, preprocessor)
     problems += _wrong_labels(model, labels)
     if evaluation is not None and len(evaluation) != 2:
         problems.append(
@@ -144,6 +148,18 @@ def _check(
         )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _too_long(model: keras.Model, preprocessor: Any) -> list[str]:
+    length = getattr(preprocessor, "sequence_length", None)
+    taken, room = taken_positions(model), longest_sequence(model)
+    if not taken or not isinstance(length, int) or length <= room:
+        return []
+    return [
+        f"An adapter takes {taken} positions of the model, which leaves "
+        f"{room} for texts. Set `model.preprocessor.sequence_length = {room}`. "
+        f"Received: a preprocessor with sequence_length={length}"
+    ]
 
 
 def _wrong_labels(

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_peft.export import subclassed
+from keras_peft.export.adapters import taken_positions
 
 # Text inputs of one call share their length, so their graphs share its name.
 _TEXT_INPUTS = ("token_ids", "segment_ids", "padding_mask")
@@ -89,12 +90,13 @@ def read_signature(model: keras.Model) -> Signature:
 
 def longest_sequence(model: keras.Model) -> int:
     """The longest sequence every position table of the model can take."""
+    taken = taken_positions(model)
     lengths = [
         layer.sequence_length
         for layer in model._flatten_layers()
         if isinstance(getattr(layer, "sequence_length", None), int)
     ]
-    return min(lengths, default=512)
+    return min(lengths, default=512) - taken
 
 
 def _takes(model: keras.Model, signature: Signature) -> bool:

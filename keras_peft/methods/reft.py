@@ -133,13 +133,13 @@ class ReFTLayer(BlockAdapter):
         projection, source = self.projection(), self.reft_source
         if self.replaces:
             source = source - projection
-        where = self.positions(hidden, args, kwargs)
+        where = self.edited(hidden, args, kwargs)
         factor = ops.cast(where, dtype) * ops.cast(self.strength, dtype)
         edit = ops.matmul(hidden, ops.cast(ops.transpose(source), dtype))
         edit = edit + ops.cast(self.reft_bias, dtype)
         return ops.matmul(edit, ops.cast(projection, dtype)) * factor
 
-    def positions(self, hidden, args, kwargs):
+    def edited(self, hidden, args, kwargs):
         """Where tokens are edited: `(batch or 1, tokens, 1)`."""
         found = self.signature.bind_partial(None, *args, **kwargs).arguments
         found |= found.pop("kwargs", {})

@@ -25,6 +25,10 @@ class TokenAdapter(CallAdapter):
         self.tokens = tokens
         super().__init__(layer, shapes, name)
 
+    @property
+    def positions(self):
+        return 0 if self.tokens is None else self.tokens.num_tokens
+
     def build_weights(self, shapes):
         for key, shape in shapes.items():
             # Read in float32: these are values, not factors of a product.

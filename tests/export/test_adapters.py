@@ -61,6 +61,14 @@ def test_a_folder_of_an_adapted_classifier_computes_what_keras_does(classifier):
         ),
         pytest.param(
             "bert_classifier",
+            keras_peft.PromptTuning(4),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "gpt2", keras_peft.PrefixTuning(4), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "bert_classifier",
             keras_peft.Compacter(8, 4),
             marks=pytest.mark.slow,
         ),
@@ -99,6 +107,12 @@ def test_adapters_that_can_be_merged_must_be():
     keras_peft.remove(model, "lora")
     keras_peft.set_adapter(model, "deep")
     assert adapter_problems(model) == []
+
+
+def test_texts_have_room_beside_what_adapters_take(tmp_path):
+    model = adapted(exported.tiny_classifier(), keras_peft.PromptTuning(4))
+    with pytest.raises(ValueError, match="sequence_length = 20"):
+        export.to_onnx(model, tmp_path / "tiny")
 
 
 def test_a_model_that_must_be_merged_is_not_verified(classifier):
