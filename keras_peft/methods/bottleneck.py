@@ -92,7 +92,8 @@ class BottleneckAdapter(AfterSublayers, Method):
 
     - `"sequential"`: `x = h`, after each feed-forward part, which
       [Pfeiffer et al., 2020](https://arxiv.org/abs/2005.00052) found to be
-      enough.
+      enough. Theirs reads what the block's next norm makes of `h`; reading
+      `h` itself fits blocks with their norms in front, too.
     - `"double"`: `x = h`, after each attention and each feed-forward part
       ([Houlsby et al., 2019](https://arxiv.org/abs/1902.00751)).
     - `"parallel"`: `x` is what goes into the feed-forward part, beside which
@@ -110,8 +111,8 @@ class BottleneckAdapter(AfterSublayers, Method):
     of each feed-forward part.
 
     Args:
-        reduction: Number of at least 1. How many times narrower than the
-            hidden size the bottleneck is.
+        reduction: Positive number. How many times narrower than the hidden
+            size the bottleneck is.
         activation: Name of a Keras activation.
         placement: `"sequential"`, `"double"` or `"parallel"`.
         scale: Positive number that the adapter's outputs are multiplied by.

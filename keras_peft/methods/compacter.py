@@ -32,8 +32,8 @@ class Compacter(AfterSublayers, Method):
     - [Mahabadi et al., 2021](https://arxiv.org/abs/2106.04647)
 
     Args:
-        reduction: Number of at least 1. How many times narrower than the
-            hidden size the bottleneck is; 32 is the paper's.
+        reduction: Positive integer. How many times narrower than the hidden
+            size the bottleneck is; 32 is the paper's.
         num_terms: Positive integer `n`, which divides the hidden size and the
             width of the bottleneck.
         rank: Positive integer. Rank of the `B_i`.
