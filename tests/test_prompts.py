@@ -6,6 +6,7 @@ import pytest
 from backbones import BACKBONES
 from models import build
 from models import data
+from models import fit
 from models import outputs
 from table import METHODS
 from table import randomize
@@ -400,6 +401,24 @@ def test_half_precision_is_near_float32(method, dtype):
     assert close(found, expected, 8 * 16 * rounding("bfloat16"))
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch",
+    reason="elsewhere Keras 3.15.1 cannot compute a whole task again",
+)
+@pytest.mark.parametrize("method", TEXT, ids=TEXT_IDS)
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_layers_computed_again_in_the_backward_pass_train_alike(family, method):
+    losses = []
+    for mode in (None, "full"):
+        with keras.RematScope(mode=mode):
+            model = causal_lm(family)
+        keras.utils.set_random_seed(0)
+        keras_peft.adapt(model, method)
+        randomize(model)
+        losses.append(fit(model, "gpt2"))
+    assert losses[1] == pytest.approx(losses[0], rel=CLOSE)
+
+
 # -- Beside each other -------------------------------------------------------
 
 
@@ -441,6 +460,21 @@ def test_tokens_and_a_change_of_kernels_act_together(method):
         variable.assign(weights[key])
     keras_peft.set_adapter(model, {"lora": 1.0, "tokens": 1.0})
     assert close(outputs(model, "gpt2"), outputs(merged, "gpt2"))
+
+
+@pytest.mark.parametrize("method", TEXT, ids=TEXT_IDS)
+def test_a_model_around_a_backbone_with_tokens_trains_and_saves(
+    method, tmp_path
+):
+    backbone = adapted("bert-backbone", method)
+    pooled = backbone(backbone.input)["pooled_output"]
+    model = keras.Model(backbone.input, keras.layers.Dense(3)(pooled))
+    losses = fit(model, "own-classifier", epochs=3)
+    assert losses[-1] < losses[0]
+    model.save(tmp_path / "model.keras")
+    other = keras.models.load_model(tmp_path / "model.keras")
+    expected = outputs(model, "own-classifier")
+    assert np.array_equal(outputs(other, "own-classifier"), expected)
 
 
 # -- Hugging Face ------------------------------------------------------------

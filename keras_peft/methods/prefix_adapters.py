@@ -62,7 +62,10 @@ class ProjectionAdapter(PrefixAdapter):
 
     def around(self, call, *args, **kwargs):
         outputs = call(*args, **kwargs)
-        if not (self.present and self.tokens.inside):
+        # One token alone is a later step of `generate()`: the prefix is in
+        # the cache. Told by the length, which a layer that is computed again
+        # in the backward pass has too.
+        if not self.present or outputs.shape[1] == 1:
             return outputs
         return self.in_front_of(outputs, self.part, self.tokens.num_tokens)
 

@@ -25,8 +25,8 @@ class PromptTuning(InFrontOfText, Method):
     encoder-decoder the prompt stands before the encoder's text. Trainable
     parameters: `num_tokens * units`. It cannot be merged.
 
-    Every keras-hub text backbone takes it, alone or in a task; `generate()`
-    keeps the prompt in its cache.
+    The backbones of keras-hub that read nothing but text take it, alone or in
+    a task; `generate()` keeps the prompt in its cache.
 
     - [Lester et al., 2021](https://arxiv.org/abs/2104.08691)
 
