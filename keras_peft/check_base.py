@@ -27,7 +27,7 @@ _HARD_CODED = {
     "smollm3": "silu",
 }
 # What the usual checkpoints of a family say and keras-hub drops.
-_USUAL = {
+_USUAL: dict[str, dict[str, Any]] = {
     "bert": {"hidden_act": "gelu"},
     "llama3": {"rms_norm_eps": 1e-5},
 }
@@ -79,10 +79,9 @@ def check_base(model: keras.Model, hf_folder: str | Path) -> list[str]:
     ]
 
 
-def warn_of_base(model: keras.Model, name_or_path: str | None) -> None:
-    """Warns where the base of a PEFT adapter differs from `model`."""
-    names = Names(model)
-    path = Path(name_or_path or "") / "config.json"
+def warn_of_base(names: Names, name_or_path: str | None) -> None:
+    """Warns where the base of a PEFT adapter differs from the model."""
+    path = Path(str(name_or_path)) / "config.json"
     config = _json(path) if name_or_path else None
     if config is None:
         found = compare_settings(names, _USUAL.get(names.family, {}))
@@ -139,7 +138,7 @@ def _compare_activations(names, config):
             return
 
 
-def _activations(names) -> Iterator[tuple[str, Any]]:
+def _activations(names: Names) -> Iterator[tuple[str, Any]]:
     """`(path, function)` of the feed-forward layers' activations."""
     if names.family in _HARD_CODED:
         yield names.backbone.name, _FUNCTIONS[_HARD_CODED[names.family]]

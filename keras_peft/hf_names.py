@@ -4,67 +4,24 @@ import dataclasses
 import functools
 import math
 from types import ModuleType
-from typing import Any
 
 import keras
 import numpy as np
 
 from keras_peft import layer_tree
+from keras_peft.hf_families import backbone_of
+from keras_peft.hf_families import config_for
+from keras_peft.hf_families import converter_of
+from keras_peft.hf_families import head_modules
+from keras_peft.hf_families import prefix_of
+from keras_peft.hf_families import renamed
+from keras_peft.hf_families import task_of
 from keras_peft.hf_layout import Layouts
 from keras_peft.hf_layout import Part
 from keras_peft.hf_layout import Ported
 from keras_peft.hf_layout import record
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
-
-# What a HF class with a head puts before its backbone's modules, where that is
-# neither `model` nor the name of keras-hub's converter.
-_PREFIXES = {
-    "gpt2": "transformer",
-    "swin_transformer": "swin",
-    "xlm_roberta": "roberta",
-}
-_NAMED_AFTER_FAMILY = (
-    *("albert", "bert", "deit", "dinov2", "distilbert", "esm", "roberta"),
-    "vit",
-)
-
-# transformers 5 renamed modules of these families, but not the tensors of its
-# files, whose names the converters know.
-_ATTENTION = (
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
-    ("attention.output.dense", "attention.o_proj"),
-)
-_FEED_FORWARD = (
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-)
-_VIT = (("encoder.layer.", "layers."), *_ATTENTION, *_FEED_FORWARD)
-_RENAMED = {
-    "vit": _VIT,
-    "deit": _VIT,
-    "dinov2": _ATTENTION,
-    "dinov3": (("layer.", "model.layer."),),
-    "swin_transformer": (*_ATTENTION, *_FEED_FORWARD),
-}
-
-# The modules of a HF classifier's head, by the attributes of keras-hub's.
-_HEADS = {
-    "distilbert": {
-        "pooled_dense": "pre_classifier",
-        "output_dense": "classifier",
-    },
-    **dict.fromkeys(
-        ("roberta", "xlm_roberta"),
-        {
-            "pooled_dense": "classifier.dense",
-            "output_dense": "classifier.out_proj",
-        },
-    ),
-}
-_HEAD = {"output_dense": "classifier"}
 
 # The output of a language model, which may be tied to its embedding.
 OUTPUT = "lm_head"
@@ -96,20 +53,23 @@ class Names:
     def __init__(self, model: keras.Layer):
         self.model = model
         self.layers = layer_tree.layers_by_path(model)
-        self.backbone = _backbone_of(model, self.layers)
-        converter = _converter_of(self.backbone)
+        self.backbone = backbone_of(model, self.layers.values())
+        converter = converter_of(self.backbone)
         self.family = converter.__name__.rpartition(".convert_")[2]
-        named = self.family in _NAMED_AFTER_FAMILY
-        default = self.family if named else "model"
-        self.prefix = _PREFIXES.get(self.family, default)
-        self.wrapped, self.task = _task_of(model)
-        self.heads = self._find_heads()
+        self.prefix = prefix_of(self.family)
+        self.wrapped, self.task = task_of(model)
+        heads = head_modules(model, self.family)
+        self.heads = {
+            path: heads[id(layer)]
+            for path, layer in self.layers.items()
+            if id(layer) in heads
+        }
         self._layouts = Layouts()
         self._read(converter)
 
-    def _read(self, converter):
+    def _read(self, converter: ModuleType) -> None:
         """Fills `{HF tensor: [(path, Ported)]}`, `{path: HF tensor}`."""
-        config = _config(self.family, self.backbone)
+        config = config_for(self.family, self.backbone)
         ported, self._stopped = record(converter, self.backbone, config)
         for path, module in self.heads.items():
             layer = self.layers[path]
@@ -146,18 +106,6 @@ class Names:
             key = key.removeprefix(prefix)
         return key
 
-    def _find_heads(self):
-        if not isinstance(self.model, _classifiers()):
-            return {}
-        paths = {id(layer): path for path, layer in self.layers.items()}
-        modules = _HEADS.get(self.family, _HEAD)
-        found = {
-            paths.get(id(getattr(self.model, attribute, None))): module
-            for attribute, module in modules.items()
-        }
-        found.pop(None, None)
-        return found
-
     # -- From Keras to Hugging Face ------------------------------------------
 
     @functools.cache  # noqa: B019 - lives as long as the model's names.
@@ -186,9 +134,7 @@ class Names:
 
     def renamed(self, module: str) -> str:
         """A module as transformers 5 calls it."""
-        for old, new in _RENAMED.get(self.family, ()):
-            module = module.replace(old, new)
-        return module
+        return renamed(self.family, module)
 
     # -- From Hugging Face to Keras ------------------------------------------
 
@@ -267,81 +213,3 @@ class Names:
 
 def _transpose(tensor, shape):
     return np.transpose(tensor)
-
-
-def _classifiers():
-    import keras_hub
-
-    return keras_hub.models.TextClassifier, keras_hub.models.ImageClassifier
-
-
-def _backbone_of(model, layers):
-    import keras_hub
-
-    kind = keras_hub.models.Backbone
-    found = [la for la in (model, *layers.values()) if isinstance(la, kind)]
-    if not found:
-        raise ValueError(
-            "Hugging Face names are known for the models of keras-hub, but "
-            f"`{model.name}` holds no backbone of it. Use `format='keras'`. "
-            f"Received: {type(model).__name__}"
-        )
-    return found[0]
-
-
-def _converter_of(backbone) -> ModuleType:
-    from keras_hub.src.utils.transformers import preset_loader
-
-    converters = [
-        module
-        for name, module in vars(preset_loader).items()
-        if name.startswith("convert_") and hasattr(module, "backbone_cls")
-    ]
-    own = layer_tree.base_class(backbone)
-    for fits in (
-        lambda cls: cls is own,
-        # Llama 2 has the weights of Llama 3, and no converter of its own.
-        lambda cls: issubclass(cls, own),
-    ):
-        for converter in converters:
-            if fits(converter.backbone_cls):
-                return converter
-    families = ", ".join(c.backbone_cls.__name__ for c in converters)
-    raise ValueError(
-        "keras-hub has no converter between this family and Hugging Face, so "
-        "its names there are unknown. Use `format='keras'`. Families with "
-        f"one: {families}. Received: {own.__name__}"
-    )
-
-
-def _task_of(model):
-    import keras_hub
-
-    models = keras_hub.models
-    for kind, task in (
-        # keras-hub's `Seq2SeqLM` is a `CausalLM` too.
-        (models.Seq2SeqLM, "SEQ_2_SEQ_LM"),
-        (models.CausalLM, "CAUSAL_LM"),
-        (models.TextClassifier, "SEQ_CLS"),
-        (models.ImageClassifier, None),
-    ):
-        if isinstance(model, kind):
-            return True, task
-    return False, None
-
-
-def _config(family, backbone) -> dict[str, Any]:
-    """What converters look up in a Hugging Face config, from the backbone."""
-    config = {
-        "n_embd": getattr(backbone, "hidden_dim", None),
-        "position_embedding_type": getattr(
-            backbone, "position_embedding_type", None
-        ),
-        "emb_layer_norm_before": getattr(backbone, "use_pre_layer_norm", False),
-        "model_type": family,
-    }
-    if family == "gemma" and getattr(backbone, "use_post_ffw_norm", False):
-        config["model_type"] = "gemma2"
-    if family == "gemma3" and getattr(backbone, "vision_encoder", 1) is None:
-        config["model_type"] = "gemma3_text"
-    return config

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+from collections.abc import Callable
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,8 @@ from keras_peft.kernels import ConvKernel
 from keras_peft.kernels import EmbeddingKernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.method import Method
+
+Root = Callable[[float], float] | None
 
 # Settings of most methods that a reader follows, or that only say how PEFT
 # chose the modules whose tensors are there.
@@ -94,12 +97,16 @@ class Reader:
         return None
 
     def by_pattern(self, patterns: str, module: str, default: str) -> Any:
-        """A setting of one module, such as its rank."""
-        return peft_files.by_pattern(
+        """A number that is set for one module, such as its rank."""
+        value = peft_files.by_pattern(
             self.config.get(patterns),
             self.names.renamed(module),
             self.config.get(default, 8),
         )
+        if isinstance(value, int | float) and value > 0:
+            return value
+        self.wrong.append(f"`{default}` of `{module}` is {value!r}")
+        return 1
 
 
 @dataclasses.dataclass
@@ -169,7 +176,9 @@ def commonest(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return common, {k: v for k, v in values.items() if v != common}
 
 
-def ranked(ranks: dict[str, int], scales: dict[str, float], root=None) -> dict:
+def ranked(
+    ranks: dict[str, int], scales: dict[str, float], root: Root = None
+) -> dict[str, Any]:
     """`rank`, `alpha` and their patterns, so that each path has its own.
 
     The scale is `alpha / rank`, or `alpha / root(rank)`.
@@ -193,7 +202,10 @@ def _escaped(patterns):
 
 
 def ranked_settings(
-    names: Names, ranks: dict[str, int], scales: dict[str, float], root=None
+    names: Names,
+    ranks: dict[str, int],
+    scales: dict[str, float],
+    root: Root = None,
 ) -> dict[str, Any]:
     """The same as PEFT's settings, by module; without the name of `alpha`."""
     named = {module: names.renamed(module) for module in ranks}

@@ -7,7 +7,7 @@ everything is checked and told at once before a model is touched.
 """
 
 import dataclasses
-import math
+import re
 from pathlib import Path
 
 import keras
@@ -33,7 +33,8 @@ from keras_peft.patterns import nearest
 from keras_peft.peft_codec import Reader
 from keras_peft.peft_codec import Writer
 from keras_peft.peft_codec import targets
-from keras_peft.targets import find_head
+from keras_peft.peft_head import read_head
+from keras_peft.peft_head import write_head
 
 CODECS = {
     codec.PEFT_TYPE: codec
@@ -81,11 +82,14 @@ def read(model: keras.Model, folder: Path) -> Adapter:
     wrong = peft_files.unknown_settings(config, codec.KNOWN)
     reader = Reader(config, names, {}, {}, wrong)
     rest = _sort(reader, codec, peft_files.read_tensors(folder))
-    head, head_values = _read_head(reader, model, rest)
-    wrong += _missing(reader)
+    head, head_values = read_head(reader, model, rest)
     if not reader.modules and not reader.shared:
         wrong.append("it holds no tensors of an adapter")
-    found = codec.read(reader)
+    try:
+        wrong += _missing(reader)
+        found = codec.read(reader)
+    except re.error as error:
+        wrong.append(f"a pattern in its settings does not parse: {error}")
     if wrong or found is None:
         raise ValueError(mismatch(folder, wrong))
     method, adapters = found
@@ -98,7 +102,7 @@ def read(model: keras.Model, folder: Path) -> Adapter:
     paths = list(adapters)
     if codec.SUFFIXES:  # Modules come in the order of the file.
         paths = [path for path in names.layers if path in adapters]
-    warn_of_base(model, config.get("base_model_name_or_path"))
+    warn_of_base(names, config.get("base_model_name_or_path"))
     return Adapter(method, paths, head, tensors)
 
 
@@ -144,54 +148,6 @@ def _missing(reader):
     ]
 
 
-def _read_head(reader, model, rest):
-    """`(head, {variable: array})` from copies of whole modules."""
-    names, values = reader.names, {}
-    adapted = adapter_state.is_adapted(model)
-    head = list(model.peft.head) if adapted else find_head(model)
-    for name, value in rest.items():
-        if ".base_layer." in name:
-            _check_base_layer(reader, name, value)
-            continue
-        module, _, parameter = name.rpartition(".")
-        found = names.find(module) or module
-        weights = names.weights(f"{found}.{parameter}", value.shape)
-        if not weights:
-            reader.wrong.append(
-                f"`{name}` of shape {value.shape} fits no weight of the model"
-            )
-        for weight in weights:
-            values[id(weight.variable)] = value.ravel()[weight.entries]
-            if weight.path not in head:
-                head.append(weight.path)
-    variables = adapter_state.variables_below(names.layers, head)
-    return head, {
-        key: values.get(id(variable), numpy(variable))
-        for key, variable in variables.items()
-    }
-
-
-def _check_base_layer(reader, name, value):
-    """PEFT saves the base of an adapted embedding; it must be ours."""
-    module, _, parameter = name.replace(".base_layer", "").rpartition(".")
-    module = reader.names.find(module) or module
-    if module == OUTPUT and reader.names.tied:
-        module = reader.names.tied
-    for weight in reader.names.weights(f"{module}.{parameter}", value.shape):
-        ours, theirs = numpy(weight.variable), value.ravel()[weight.entries]
-        # Eight bits are what bfloat16 keeps.
-        if np.allclose(ours, theirs, rtol=2.0**-7, atol=1e-6):
-            return
-    reader.wrong.append(
-        f"`{name}` is no weight of this base: it was resized or trained"
-    )
-
-
-def numpy(variable: keras.Variable) -> np.ndarray:
-    """The float32 values of a variable."""
-    return keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))
-
-
 def mismatch(folder: Path, wrong: list[str]) -> str:
     """The message for a folder that does not fit a model."""
     shown = "; ".join(wrong[:8])
@@ -218,15 +174,16 @@ def write(model: keras.Model, folder: Path, name: str) -> None:
     if codec is None:
         raise ValueError(
             f"{kind.__name__} has no form in PEFT's files. Convert the "
-            "adapter to LoRA first, merge it, or use `format='keras'`. "
-            f"Received: name={name!r} with method={adapter.method}"
+            "adapter with `keras_peft.to_lora`, merge it, or use "
+            f"`format='keras'`. Received: name={name!r} with "
+            f"method={adapter.method}"
         )
     names = Names(model)
     leaves = adapter_state.leaves(model, name)
     writer = Writer(adapter.method, names, leaves, {}, {}, [])
     if codec.SUFFIXES:
         _group(writer)
-    modules_to_save, tensors = _write_head(writer, model, name)
+    modules_to_save, tensors = write_head(writer, model, name)
     if writer.wrong:
         raise ValueError(_unwritable(name, adapter, writer.wrong))
     found = codec.write(writer)
@@ -254,9 +211,9 @@ def write(model: keras.Model, folder: Path, name: str) -> None:
 def _unwritable(name, adapter, wrong):
     return (
         f"PEFT's files cannot hold this adapter: {'; '.join(wrong[:8])}. "
-        "Convert it to LoRA on layers that have a Hugging Face name, merge "
-        "it, or use `format='keras'`. Received: "
-        f"name={name!r} with method={adapter.method}"
+        "Use LoRA (`keras_peft.to_lora` converts) on layers that have a "
+        "Hugging Face name, merge it, or use `format='keras'`. "
+        f"Received: name={name!r} with method={adapter.method}"
     )
 
 
@@ -270,41 +227,6 @@ def _group(writer):
             p: writer.names.part(p) for p in writer.names.paths[part.module]
         }
         writer.modules[part.module] = found
-
-
-def _write_head(writer, model, name):
-    """`(modules to save, {module.parameter: array})`."""
-    names = writer.names
-    variables = adapter_state.head_variables(model)
-    held = adapter_state.head_values(model, name)
-    values = {id(variable): held[key] for key, variable in variables.items()}
-    modules, tensors, placed = [], {}, set()
-    for key, ported in names.tensors.items():
-        mine = {id(each.variable) for _, each in ported} & values.keys()
-        shape = names.shape(key) if mine else None
-        if shape is None:
-            continue
-        whole = np.empty(math.prod(shape), "float32")
-        for weight in names.weights(key, shape):
-            own = values.get(id(weight.variable))
-            whole[weight.entries] = (
-                numpy(weight.variable) if own is None else own
-            )
-        module, _, parameter = key.rpartition(".")
-        tensors[f"{names.live(module)}.{parameter}"] = whole.reshape(shape)
-        modules.append(names.live(module))
-        placed |= mine
-    writer.wrong += [
-        f"the head's `{key}` has no name there"
-        for key, variable in variables.items()
-        if id(variable) not in placed
-    ]
-    return sorted({_whole(module) for module in modules}), tensors
-
-
-def _whole(module):
-    """What PEFT saves: a head of several layers is one module."""
-    return "classifier" if module.startswith("classifier.") else module
 
 
 def _task(names, modules):

@@ -1,4 +1,4 @@
-"""LoRA in PEFT's files.
+"""LoRA from PEFT's files.
 
 A module's `lora_A` is `(rank, inputs)` and its `lora_B` `(outputs, rank)`, the
 transposes of `A` and `B` here. Fused modules share one `lora_A`; the layers
@@ -13,16 +13,16 @@ from keras_peft.hf_names import OUTPUT
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.lora import LoRA
 from keras_peft.peft_codec import COMMON
-from keras_peft.peft_codec import is_embedding
 from keras_peft.peft_codec import ranked
-from keras_peft.peft_codec import ranked_settings
+from keras_peft.peft_lora_write import EMBEDDING
+from keras_peft.peft_lora_write import LINEAR
+from keras_peft.peft_lora_write import MAGNITUDE
+from keras_peft.peft_lora_write import suffixes
+from keras_peft.peft_lora_write import write as write  # Of a codec.
 
 PEFT_TYPE = "LORA"
 METHOD = LoRA
-_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-_LINEAR = ("lora_A.weight", "lora_B.weight")
-_MAGNITUDE = "lora_magnitude_vector"
-SUFFIXES = (*_EMBEDDING, *_LINEAR, _MAGNITUDE, "lora_B.bias")
+SUFFIXES = (*EMBEDDING, *LINEAR, MAGNITUDE, "lora_B.bias")
 SHARED = ()
 # Settings that `read` follows, or that only matter while PEFT trains.
 KNOWN = (
@@ -93,7 +93,7 @@ def _read_module(reader, module, parts):
     rank = reader.by_pattern("rank_pattern", module, "r")
     ones = (1,) * len(taps)
     a_shape = (rank, part.shape[1], *taps) if taps else (rank, inputs)
-    first, second = _suffixes(reader.names.layers[next(iter(parts))])
+    first, second = suffixes(reader.names.layers[next(iter(parts))])
     a = reader.take(module, first, a_shape)
     b = reader.take(module, second, (outputs, rank, *ones))
     if a is None or b is None:
@@ -101,15 +101,11 @@ def _read_module(reader, module, parts):
     found = {"a": a.reshape(rank, -1).T, "b": b.reshape(-1, rank).T}
     if reader.config.get("use_dora"):
         shape = (1, outputs, *ones) if taps else (outputs,)
-        magnitude = reader.take(module, _MAGNITUDE, shape)
+        magnitude = reader.take(module, MAGNITUDE, shape)
         if magnitude is None:
             return None
         found["magnitude"] = magnitude.ravel()
     return found
-
-
-def _suffixes(layer):
-    return _EMBEDDING if is_embedding(layer) else _LINEAR
 
 
 def _scale(reader, module, rank):
@@ -189,131 +185,16 @@ def _check_tied(reader):
     tensors = reader.modules.get(embedding, {})
     turned = {
         first: tensors.get(second)
-        for first, second in zip(_LINEAR, _EMBEDDING[::-1], strict=True)
+        for first, second in zip(LINEAR, EMBEDDING[::-1], strict=True)
     }
     same = output is not None and all(
         turned[key] is not None
         and key in output
         and np.allclose(output[key], turned[key].T, rtol=1e-5, atol=1e-8)
-        for key in _LINEAR
+        for key in LINEAR
     )
     if (tensors or output is not None) and not same:
         reader.wrong.append(
             f"`{embedding}` and `{OUTPUT}` are one matrix in this model, and "
             "the adapter changes them differently"
         )
-
-
-# -- Writing -----------------------------------------------------------------
-
-
-def write(writer):
-    """`(settings, {module: {suffix: array}})`; notes what cannot be said."""
-    method, modules, ranks, scales = writer.method, {}, {}, {}
-    for module, parts in writer.modules.items():
-        a, b, scales[module] = _combined(writer, parts)
-        ranks[module] = a.shape[1]
-        modules[module] = _tensors(writer, module, parts, a, b)
-    _write_tied(writer, modules, ranks, scales)
-    stabilized = method.scaling == "rank_stabilized"
-    settings = ranked_settings(
-        writer.names, ranks, scales, math.sqrt if stabilized else None
-    )
-    settings = {
-        "lora_alpha": settings.pop("alpha"),
-        "lora_dropout": method.dropout,
-        "use_rslora": stabilized,
-        "use_dora": method.decompose,
-        "init_lora_weights": True,
-        "bias": "none",
-        "fan_in_fan_out": any(
-            part.transposed and not is_embedding(writer.names.layers[path])
-            for parts in writer.modules.values()
-            for path, part in parts.items()
-        ),
-        **settings,
-    }
-    return settings, modules
-
-
-def _combined(writer, parts):
-    """`(a, b, scale)` of a whole HF module from the layers it is made of.
-
-    Layers with different `A` become blocks: their ranks add up.
-    """
-    pieces = []
-    for path, part in parts.items():
-        if path in writer.leaves:
-            a, b = _low_rank(writer.weights(path))
-            pieces.append((part, a, b, writer.method.scale_of(path)))
-    scales = {scale for *_, scale in pieces}
-    scale = scales.pop() if len(scales) == 1 else 1.0
-    _, first, _, _ = pieces[0]
-    shared = not scales and all(np.array_equal(a, first) for _, a, *_ in pieces)
-    inputs, outputs = pieces[0][0].sizes
-    rank = sum(p[1].shape[1] for p in pieces[: 1 if shared else None])
-    whole_a = np.zeros((inputs, rank), "float32")
-    whole_b = np.zeros((rank, outputs), "float32")
-    start = 0
-    for part, a, b, own in pieces:
-        ranks = np.arange(start, start + a.shape[1])
-        whole_a[np.ix_(part.inputs, ranks)] = a
-        whole_b[np.ix_(ranks, part.outputs)] = b * np.float32(own / scale)
-        start += 0 if shared else a.shape[1]
-    return whole_a, whole_b, scale
-
-
-def _low_rank(w):
-    """`A` and `B`; a residual start takes as many ranks again."""
-    a, b = w["lora_kernel_a"], w["lora_kernel_b"]
-    if "lora_initial_a" in w:
-        a = np.concatenate([a, w["lora_initial_a"]], axis=1)
-        b = np.concatenate([b, -w["lora_initial_b"]], axis=0)
-    return a, b
-
-
-def _tensors(writer, module, parts, a, b):
-    path, part = next(iter(parts.items()))
-    layer, rank, taps = writer.names.layers[path], a.shape[1], part.shape[2:]
-    if getattr(layer, "groups", 1) != 1:
-        writer.wrong.append(f"`{path}` is a convolution in groups")
-    first, second = _suffixes(layer)
-    ones = (1,) * len(taps)
-    a_shape = (rank, part.shape[1], *taps) if taps else (rank, -1)
-    tensors = {
-        first: a.T.reshape(a_shape),
-        second: b.T.reshape(-1, rank, *ones),
-    }
-    if writer.method.decompose:
-        magnitude = _magnitude(writer, parts)
-        shape = (1, -1, *ones) if taps else (-1,)
-        tensors[_MAGNITUDE] = magnitude.reshape(shape)
-    return tensors
-
-
-def _magnitude(writer, parts):
-    """Of the whole module: an unadapted part keeps its own norms."""
-    _, outputs = next(iter(parts.values())).sizes
-    magnitude = np.zeros(outputs, "float32")
-    for path, part in parts.items():
-        if path in writer.leaves:
-            own = writer.weights(path)["lora_magnitude"]
-        else:
-            kernel = kernel_of(writer.names.layers[path]).read()
-            own = np.linalg.norm(kernel, axis=0)
-        magnitude[part.outputs] = own
-    return magnitude
-
-
-def _write_tied(writer, modules, ranks, scales):
-    embedding = writer.names.tied
-    if embedding not in modules:
-        return
-    if writer.method.decompose:
-        writer.wrong.append(
-            f"`{embedding}` is tied to the output, whose columns DoRA would "
-            "scale in PEFT and whose rows it scales here"
-        )
-    first, second = (modules[embedding][key] for key in _EMBEDDING)
-    modules[OUTPUT] = dict(zip(_LINEAR, (second.T, first.T), strict=True))
-    ranks[OUTPUT], scales[OUTPUT] = ranks[embedding], scales[embedding]

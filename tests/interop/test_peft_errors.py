@@ -144,6 +144,9 @@ BAD = {
     "parameters": (settings(target_parameters=["w"]), "target_parameters"),
     "tokens": (settings(trainable_token_indices=[1]), "trainable_token"),
     "biases": (settings(bias="all"), "biases of the base"),
+    "rank of another kind": (settings(r="8"), "`r` of", "is '8'"),
+    "no alpha": (settings(lora_alpha=0), "`lora_alpha` of"),
+    "no expression": (settings(rank_pattern={"(": 2}), "does not parse"),
     "other rank": (settings(r=4), "`layers.0.self_attn.q_proj.lora_A.weight`"),
     "other targets": (
         settings(target_modules=["q_proj", "down_proj", "v_proj"]),
@@ -214,6 +217,23 @@ def test_a_bad_folder(damage, words, saved, copy):
 def test_settings_that_are_off_are_accepted(saved, copy):
     settings(use_new=False, new_list=[], new_dict={}, new_name=None)(copy)
     keras_peft.load_adapter(ours("llama", saved[0]), copy)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_base_that_differs_is_told(saved, copy, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    config = {"rms_norm_eps": 1e-5, "quantization_config": {"bits": 4}}
+    (base / "config.json").write_text(json.dumps(config))
+    settings(base_model_name_or_path=str(base))(copy)
+    model = ours("llama", saved[0])
+    words = "`rms_norm_eps=1e-05` there, and 5 of 5.*base is quantized"
+    with pytest.warns(UserWarning, match=words):
+        keras_peft.load_adapter(model, copy)
+    # Without a folder, what most models of the family have.
+    settings(base_model_name_or_path="someone/llama")(copy)
+    with pytest.warns(UserWarning, match="most models of this family"):
+        keras_peft.load_adapter(ours("llama", saved[0]), copy)
 
 
 def test_everything_wrong_is_in_one_message(saved, copy):
@@ -297,7 +317,7 @@ def test_a_layer_that_is_no_module(peers, tmp_path):
 def test_a_method_that_peft_has_no_files_for(peers, tmp_path):
     model = ours("llama", peers["llama"][1])
     keras_peft.adapt(model, keras_peft.HRA(rank=2))
-    unwritable(model, tmp_path, "HRA has no form", "to LoRA")
+    unwritable(model, tmp_path, "HRA has no form", "to_lora")
 
 
 def test_dora_on_a_tied_matrix(peers, tmp_path):
