@@ -139,17 +139,21 @@ def gradients(kernels, biases, factors, x, y):
     full = [x.T @ error @ merged[1].T, hidden.T @ error]
     found = []
     for gradient, (p, e, q) in zip(full, factors, strict=True):
-        identity = np.eye(len(e))
+        columns, rows = _direction(p.T @ p), _direction(q @ q.T)
         found.append(
             [
-                scale * gradient @ (e[:, None] * q).T
-                + 4 * PENALTY * p @ (p.T @ p - identity),
+                scale * gradient @ (e[:, None] * q).T + p @ columns,
                 scale * np.diag(p.T @ gradient @ q.T),
-                scale * (p * e).T @ gradient
-                + 4 * PENALTY * (q @ q.T - identity) @ q,
+                scale * (p * e).T @ gradient + rows @ q,
             ]
         )
     return found
+
+
+def _direction(gram):
+    """Half the gradient of a Gram matrix's share in the penalty, of four."""
+    excess = gram - np.eye(len(gram))
+    return 2 * PENALTY / 4 * excess / np.linalg.norm(excess)
 
 
 def importance_of(sums):
@@ -301,17 +305,20 @@ def test_a_model_file_from_within_training_keeps_the_optimizers_slots(
         assert np.array_equal(numpy(ours), numpy(theirs))
 
 
-def test_the_penalty_is_the_papers_and_counts_once():
+def test_the_penalty_is_a_mean_of_norms_and_counts_each_layer_once():
     inputs = keras.Input((4,))
     layer = keras.layers.Dense(4)
-    model = keras.Model(inputs, layer(layer(inputs)))
+    outputs = keras.layers.Dense(3)(layer(layer(inputs)))
+    model = keras.Model(inputs, outputs)
     method = keras_peft.AdaLoRA(2, orthogonality=0.3)
     keras_peft.adapt(model, method, "all-linear", head=[])
     randomize(model)
-    (leaf,) = _leaves(model).values()
-    p, q = numpy(leaf.adalora_p), numpy(leaf.adalora_q)
-    excess = [p.T @ p - np.eye(2), q @ q.T - np.eye(2)]
-    expected = 0.3 * sum(np.square(e).sum() for e in excess)
+    excess = []
+    for leaf in _leaves(model).values():
+        p, q = numpy(leaf.adalora_p), numpy(leaf.adalora_q)
+        excess += [p.T @ p - np.eye(2), q @ q.T - np.eye(2)]
+    assert len(excess) == 4
+    expected = 0.3 * np.mean([np.linalg.norm(e) for e in excess])
     found = float(numpy(sum(model.losses)))
     # float32, sums of 4 terms.
     assert found == pytest.approx(expected, rel=16 * 2.0**-23)

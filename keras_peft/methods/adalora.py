@@ -18,9 +18,11 @@ class AdaLoRA(Method):
 
     `P` is `(inputs, rank)`, `E` is `(rank,)` and `Q` is `(rank, outputs)`, as
     in a singular value decomposition. A penalty keeps `P` and `Q` near
-    orthogonal, so that each entry of `E` matters by itself:
-    `orthogonality * (|P.T @ P - I|**2 + |Q @ Q.T - I|**2)` per layer is part
-    of the loss of `fit` and `evaluate`. Trainable parameters per layer:
+    orthogonal, so that each entry of `E` matters by itself: `orthogonality`
+    times the mean, over all these matrices, of `|P.T @ P - I|` and
+    `|Q @ Q.T - I|` is part of the loss of `fit` and `evaluate`. (The paper
+    writes squares and a sum; its authors' code has this form, which does not
+    grow with the number of layers.) Trainable parameters per layer:
     `rank * (inputs + outputs + 1)`. Neither a delta nor a gradient of the
     kernel is ever formed.
 
@@ -48,7 +50,7 @@ class AdaLoRA(Method):
     >>> model.fit(x, y, epochs=3, callbacks=[allocator])
     """
 
-    def __init__(self, rank=12, alpha=None, orthogonality=0.1):
+    def __init__(self, rank=12, alpha=None, orthogonality=0.5):
         self.rank = rank
         self.alpha = alpha
         self.orthogonality = orthogonality
@@ -72,28 +74,33 @@ class AdaLoRA(Method):
             "adalora_mask": (rank,),
         }
 
-    def create(self, path, layer, name):
-        return AdaLoRAAdapter(self, path, layer, name)
+    def create_all(self, layers, name):
+        # Two matrices of each layer share the penalty.
+        weight = self.orthogonality / (2 * len(layers))
+        return {
+            path: AdaLoRAAdapter(self, path, layer, name, weight)
+            for path, layer in layers.items()
+        }
 
 
 class AdaLoRAAdapter(FactoredAdapter):
     """The AdaLoRA of one layer; its mask is zero where `E` was pruned."""
 
-    def __init__(self, method, path, layer, name):
+    def __init__(self, method, path, layer, name, penalty):
         self.scale = (method.alpha or method.rank) / method.rank
-        self.orthogonality = method.orthogonality
+        self.penalty = penalty
         super().__init__(layer, method.shapes(path, layer), name)
 
     def build_weights(self, shapes):
         # Regularizers, as those of kernels: a layer that is called twice is
         # still penalized once.
         penalties = {
-            "adalora_p": _Orthogonality(self.orthogonality, axis=1),
-            "adalora_q": _Orthogonality(self.orthogonality, axis=0),
+            "adalora_p": _Orthogonality(self.penalty, axis=1),
+            "adalora_q": _Orthogonality(self.penalty, axis=0),
         }
         for key, shape in shapes.items():
             learned = key != "adalora_mask"
-            penalty = penalties.get(key) if self.orthogonality else None
+            penalty = penalties.get(key) if self.penalty else None
             weight = self.weight(key, shape, learned, regularizer=penalty)
             setattr(self, key, weight)
 
@@ -114,7 +121,7 @@ class AdaLoRAAdapter(FactoredAdapter):
 
 
 class _Orthogonality(keras.regularizers.Regularizer):
-    """`weight` times the squared distance from orthonormal columns or rows."""
+    """`weight` times the distance from orthonormal columns or rows."""
 
     def __init__(self, weight, axis):
         self.weight = weight
@@ -125,4 +132,5 @@ class _Orthogonality(keras.regularizers.Regularizer):
         rows = matrix if self.axis == 0 else ops.transpose(matrix)
         gram = ops.matmul(rows, ops.transpose(rows))
         excess = gram - ops.eye(gram.shape[0], dtype="float32")
-        return self.weight * ops.sum(ops.square(excess))
+        # A root has no gradient at zero.
+        return self.weight * ops.sqrt(ops.sum(ops.square(excess)) + 1e-12)
