@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 
 VOCABULARY = 40
 TOKENS = 7
@@ -236,6 +237,27 @@ FAMILIES = {
         image=True,
     ),
 }
+
+
+# One of each kind of layout, which stand for the others.
+CORE = ("bert", "gpt2", "llama", "gemma", "vit")
+
+
+def rows(names, table, first):
+    """`(name, row)` of all pairs; `slow` but for a core of families.
+
+    The `first` row of `table` is run for every family.
+    """
+    return [
+        pytest.param(
+            name,
+            row,
+            id=f"{name}-{key}",
+            marks=[pytest.mark.slow] * (key != first and name not in CORE),
+        )
+        for name in names
+        for key, row in table.items()
+    ]
 
 
 def peer(name, folder):

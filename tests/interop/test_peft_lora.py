@@ -11,6 +11,7 @@ from families import of_ours
 from families import of_peer
 from families import ours
 from families import peer
+from families import rows
 from safetensors.numpy import load_file
 
 import keras_peft
@@ -85,8 +86,7 @@ def config_for(family, **settings):
     )
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name, settings", rows(FAMILIES, SETTINGS, "plain"))
 def test_an_adapter_of_peft_computes_the_same_here(name, settings, tmp_path):
     config = config_for(FAMILIES[name], **settings)
     tuned, model = wrapped(name, tmp_path, config)
@@ -123,8 +123,7 @@ def randomize_ours(model, scale=0.2):
         variable.assign(noise.astype("float32"))
 
 
-@pytest.mark.parametrize("settings", OURS.values(), ids=OURS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name, settings", rows(FAMILIES, OURS, "plain"))
 def test_an_adapter_of_ours_computes_the_same_in_peft(name, settings, tmp_path):
     base = peer(name, tmp_path / "base")
     model = ours(name, tmp_path / "base")

