@@ -108,8 +108,10 @@ def by_pattern(patterns: dict | None, module: str, default: Any) -> Any:
 def targeted(config: dict, module: str) -> bool:
     """Whether a config names a module, given without its class' prefix."""
     named = config.get("target_modules")
-    if not isinstance(named, list) or matches(
-        config.get("exclude_modules"), module
+    # A module that is saved as a whole carries no adapter.
+    others = ("exclude_modules", "modules_to_save")
+    if not isinstance(named, list) or any(
+        matches(config.get(key), module) for key in others
     ):
         return False
     layers = config.get("layers_to_transform")

@@ -324,3 +324,30 @@ def test_a_fused_layer_adds_up_the_ranks_of_its_parts(tmp_path):
     }
     assert found == {"query_dense": 2, "key_dense": 3}
     assert_close(of_ours(again, arrays), of_ours(model, arrays))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_two_folders_in_one_model(name, tmp_path):
+    expected, arrays = {}, inputs(name)
+    for number, targets in enumerate((["query", "q_proj"], "all-linear")):
+        folder = tmp_path / str(number)
+        settings = dict(target_modules=targets, modules_to_save=["classifier"])
+        if name == "llama":
+            del settings["modules_to_save"]
+        tuned, _ = adapter_of(peer(name, tmp_path / "base"), folder, **settings)
+        expected[str(number)] = of_peer(tuned, arrays)
+    model = ours(name, tmp_path / "base")
+    base = of_ours(model, arrays)
+    for key in expected:
+        keras_peft.load_adapter(model, tmp_path / key / "adapter", name=key)
+    for key, outputs in expected.items():
+        keras_peft.set_adapter(model, key)
+        assert_close(of_ours(model, arrays), outputs)
+        keras_peft.save_adapter(
+            model, tmp_path / "again" / key, name=key, format="peft"
+        )
+        fresh = peer(name, tmp_path / "base")
+        again = peft.PeftModel.from_pretrained(fresh, tmp_path / "again" / key)
+        assert_close(of_peer(again.eval(), arrays), outputs)
+    keras_peft.remove(model)
+    assert np.array_equal(of_ours(model, arrays), base)

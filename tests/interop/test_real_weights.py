@@ -128,7 +128,10 @@ CONFIGS = {
         feedforward_modules=["down_proj"],
     ),
     "prompt": lambda: peft.PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=4
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=4,
+        # Of another size than words, the prompt would drown the text.
+        prompt_tuning_init="SAMPLE_VOCAB",
     ),
 }
 
