@@ -129,6 +129,7 @@ class Layouts:
 
     def __init__(self):
         self._known: dict[Any, Any] = {}
+        self._parts: dict[Any, Part | None] = {}
 
     def entries(
         self, ported: Sequence[Ported], shape: tuple[int, ...]
@@ -155,24 +156,39 @@ class Layouts:
             shape = (kernel.inputs, kernel.outputs)
             whole = np.arange(kernel.inputs), np.arange(kernel.outputs)
             return Part(module, shape, *whole, transposed=True)
-        total = sum(math.prod(p.variable.shape) for p, _ in kernels)
+        # Blocks repeat: all their layers but the first few are known.
+        key = (position, *(_identity(*each) for each in kernels))
+        if key not in self._parts:
+            self._parts[key] = self._find(kernels, position)
+        part = self._parts[key]
+        return part and dataclasses.replace(part, module=module)
+
+    @staticmethod
+    def _find(kernels, position):
+        _, kernel = kernels[position]
+        ported = [each for each, _ in kernels]
+        total = sum(math.prod(each.variable.shape) for each in ported)
         for shape in dict.fromkeys(_weight_shapes(kernel, total)):
-            entries = self.entries([p for p, _ in kernels], shape)
+            entries = _entries(ported, shape)
             if entries is not None:
                 matrix = kernel.to_matrix(entries[position])
-                if part := _separate(module, shape, matrix):
+                if part := _separate(shape, matrix):
                     return part
         return None
 
 
-def _identity(ported):
+def _identity(ported, kernel=None):
     """Equal for functions that do the same to variables of one shape."""
     hook, shape = ported.hook, tuple(ported.variable.shape)
+    view = None
+    if kernel is not None:
+        axes = tuple(getattr(kernel, "to_axes", ()))
+        view = type(kernel), kernel.inputs, kernel.outputs, axes
     code = getattr(hook, "__code__", None)
     if code is None:
-        return shape, hook
+        return shape, view, hook
     cells = [cell.cell_contents for cell in hook.__closure__ or ()]
-    return shape, code, repr(cells), repr(hook.__defaults__)
+    return shape, view, code, repr(cells), repr(hook.__defaults__)
 
 
 def _weight_shapes(kernel, total):
@@ -203,30 +219,34 @@ class _Numbers(np.ndarray):
 
 def _entries(ported, shape):
     size = math.prod(shape)
-    numbers = np.arange(size, dtype="int64").reshape(shape).view(_Numbers)
+    dtype = "int32" if size < 2**31 else "int64"
+    numbers = np.arange(size, dtype=dtype).reshape(shape).view(_Numbers)
     found = [each.of(numbers) for each in ported]
     if any(entries is None or entries.dtype.kind != "i" for entries in found):
         return None
     found = [np.asarray(entries) for entries in found]
-    taken = np.zeros(size, "int64")
+    taken = np.zeros(size, bool)
     for entries in found:
-        inside = (entries >= 0) & (entries < size)
-        if not inside.all() or len(np.unique(entries)) != entries.size:
+        if entries.min() < 0 or entries.max() >= size:
             return None
-        taken[entries.ravel()] += 1
+        own = np.zeros(size, bool)
+        own[entries.ravel()] = True
+        if own.sum() != entries.size:
+            return None
+        taken |= own
     return found if taken.all() else None
 
 
-def _separate(module, shape, matrix):
+def _separate(shape, matrix):
     """A `Part`, if each row of `matrix` is a HF input, each column an output.
 
     `matrix` holds the flat entry of the HF weight at each of its places.
     """
     first, rest = np.divmod(matrix, math.prod(shape[1:]))
     if _one_per_column(first) and _one_per_column(rest.T):
-        return Part(module, shape, rest[:, 0], first[0], transposed=False)
+        return Part("", shape, rest[:, 0], first[0], transposed=False)
     if _one_per_column(first.T) and _one_per_column(rest):
-        return Part(module, shape, first[:, 0], rest[0], transposed=True)
+        return Part("", shape, first[:, 0], rest[0], transposed=True)
     return None
 
 
