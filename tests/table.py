@@ -684,7 +684,10 @@ def rounding(dtype):
 
 
 def rows(*tables):
-    """The product of tables, `slice` where every part of a row is."""
+    """The product of tables, `slice` where every part of a row is.
+
+    In half precision the other rows are `slow`: there are hundreds.
+    """
     found = [((), (), True)]
     for table in tables:
         items = list(
@@ -698,11 +701,16 @@ def rows(*tables):
             for key, value in items
         ]
     return [
-        pytest.param(
-            *values, id="-".join(ids), marks=[pytest.mark.slice] * sliced
-        )
+        pytest.param(*values, id="-".join(ids), marks=_marks(values, sliced))
         for ids, values, sliced in found
     ]
+
+
+def _marks(values, sliced):
+    if sliced:
+        return [pytest.mark.slice]
+    half = any(dtype in values for dtype in DTYPES if dtype != "float32")
+    return [pytest.mark.slow] * half
 
 
 def method_rows(*tables):
