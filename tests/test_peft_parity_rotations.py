@@ -1,5 +1,7 @@
 """Changes of one kernel, as Hugging Face PEFT computes them."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -66,7 +68,7 @@ ROWS = {
     ),
     **{
         f"road-{variant}": (
-            lambda variant=variant: keras_peft.RoAd(variant, group_size=4),
+            functools.partial(keras_peft.RoAd, variant, group_size=4),
             ("RoadConfig", {"variant": f"road_{variant}", "group_size": 4}),
             lambda w: {key: w[key] for key in ("road_theta", "road_alpha")},
         )

@@ -20,7 +20,7 @@ BIAS, NORM = keras_peft.BiasTuning, keras_peft.NormTuning
 SHAPE = (3, 4, 6)
 
 # By row: the layer, and the sizes of what each method adds to it.
-LAYERS = {
+LAYERS: dict[str, tuple] = {
     "layer-norm": (k.LayerNormalization, {NORM: 12, BIAS: 6}),
     "layer-norm-two-axes": (
         lambda: k.LayerNormalization(axis=(1, 2)),

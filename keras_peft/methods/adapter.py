@@ -34,7 +34,7 @@ class Adapter(keras.Layer):
     # Whether it acts as a whole or not at all, and beside no other such.
     exclusive = False
     # A class to be mixed into the layer's, where its `call` is not all.
-    mixin = None
+    mixin: type | None = None
     # How many of a text model's positions it takes while it is present.
     positions = 0
     # A factor on the effect for each row of a batch, or `None`.
