@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from keras_peft.methods.prefix_tuning import PrefixTuning
+from keras_peft.methods.virtual_tokens import encodes_and_decodes
 from keras_peft.peft_prompt import KEY
 from keras_peft.peft_prompt import count_of
 from keras_peft.peft_prompt import find
@@ -23,8 +24,9 @@ KNOWN = (
 
 def read(reader):
     """`(method, {path: {weight: array}})`; notes what is wrong."""
-    count = count_of(reader)
-    if count is None:
+    count, against = count_of(reader), objection(reader.names)
+    if count is None or against:
+        reader.wrong += [against] if against else []
         return None
     method = PrefixTuning(num_tokens=count)
     adapters = find(reader.names, method)
@@ -42,6 +44,16 @@ def read(reader):
     return method, found
 
 
+def objection(names):
+    """Why a prefix means something else in PEFT, or `None`."""
+    if encodes_and_decodes(names.backbone):
+        return (
+            "in PEFT an encoder has no prefix, and the decoder's attention to "
+            "it the same as that to its own text"
+        )
+    return None
+
+
 def _key_order(names, size):
     """The feature there of each feature of a rotated key here."""
     order = np.arange(size)
@@ -55,6 +67,10 @@ def write(writer):
     """`(settings, {})`; notes what cannot be said."""
     path, leaf = next((p, la) for p, la in writer.leaves.items() if la.kept)
     weights = writer.weights(path)
+    against = objection(writer.names)
+    if against:
+        writer.wrong.append(against)
+        return None
     if "prefix" not in weights:
         writer.wrong.append(
             "the network that computes the prefix (`hidden_dim`) is no part "

@@ -45,13 +45,24 @@ class PrefixAdapter(TokenAdapter):
     def in_front_of(self, values, part, skip):
         """`values` `(batch, tokens, heads, size)` without the first `skip`.
 
-        Before them come the prefix's. Where the heads of `values` repeat,
-        so do those.
+        Before them come the prefix's.
+        """
+        rows = self.rows_like(values, part)
+        return ops.concatenate([rows, values[:, skip:]], axis=1)
+
+    def rows_like(self, values, part):
+        """The prefix for `values` of shape `(batch, tokens, heads, size)`.
+
+        Where their heads repeat, so do those of the prefix.
         """
         rows = self.read(self.index, part)
         rows = ops.repeat(rows, values.shape[2] // rows.shape[1], axis=1)
-        rows = ops.zeros_like(values[:, :1]) + ops.cast(rows, values.dtype)
-        return ops.concatenate([rows, values[:, skip:]], axis=1)
+        return ops.zeros_like(values[:, :1]) + ops.cast(rows, values.dtype)
+
+    def all_seen(self, mask):
+        """Ones of `mask` `(..., keys)` for the keys of the prefix."""
+        seen = ops.ones_like(mask[..., :1])
+        return ops.repeat(seen, self.tokens.num_tokens, axis=-1)
 
     def around(self, call, *args, **kwargs):
         return call(*args, **kwargs)
@@ -95,9 +106,7 @@ class AttentionAdapter(PrefixAdapter):
         arguments[value] = self.in_front_of(arguments[value], 1, skip)
         mask = arguments.get("attention_mask")
         if mask is not None and not skip:
-            seen = ops.ones_like(mask[..., :1])
-            seen = ops.repeat(seen, self.tokens.num_tokens, axis=-1)
-            mask = ops.concatenate([seen, mask], axis=-1)
+            mask = ops.concatenate([self.all_seen(mask), mask], axis=-1)
             arguments["attention_mask"] = mask
 
 
@@ -108,8 +117,61 @@ class CausalAttentionAdapter(AttentionAdapter):
         super().change(arguments, skip=self.tokens.num_tokens)
 
 
+class UnbiasedPrefix:
+    """Mixed into an attention of T5: no position moves the prefix's scores."""
+
+    def compute_bias(self, query_length, key_length, *args, **kwargs):
+        bias = super().compute_bias
+        for adapter in self.adapters.values():
+            if isinstance(adapter, BiasedAttentionAdapter) and adapter.present:
+                count = adapter.tokens.num_tokens
+                bias = bias(query_length, key_length - count, *args, **kwargs)
+                none = ops.repeat(ops.zeros_like(bias[..., :1]), count, axis=-1)
+                return ops.concatenate([bias, none], axis=-1)
+        return bias(query_length, key_length, *args, **kwargs)
+
+
+class BiasedAttentionAdapter(PrefixAdapter):
+    """At an attention of T5, whose scores have a bias of relative positions.
+
+    Its keys and values are those of a cache, where the prefix lies behind the
+    text: no position moves, and the order of keys means nothing to a softmax.
+    """
+
+    mixin = UnbiasedPrefix
+
+    def __init__(self, layer, shapes, name, tokens):
+        def project(inputs):
+            split = (ops.shape(inputs)[0], -1)
+            split = (*split, layer.num_heads, layer.key_value_dim)
+            kinds = (layer.key_projector, layer.value_projector)
+            return [ops.reshape(kind(inputs), split) for kind in kinds]
+
+        self.project = project
+        super().__init__(layer, shapes, name, tokens)
+
+    def around(self, call, inputs, mask=None, cache=None, **kwargs):
+        if not self.present:
+            return call(inputs, mask=mask, cache=cache, **kwargs)
+        if mask is not None:
+            mask = ops.concatenate([mask, self.all_seen(mask)], axis=-1)
+        if cache is None:
+            parts = self.project(inputs)
+        else:
+            parts = [cache[:, 0], cache[:, 1]]
+        parts = [
+            ops.concatenate([values, self.rows_like(values, part)], axis=1)
+            for part, values in enumerate(parts)
+        ]
+        longer = ops.stack(parts, axis=1)
+        *found, longer = call(inputs, mask=mask, cache=longer, **kwargs)
+        if cache is not None:
+            cache = longer[:, :, : -self.tokens.num_tokens]
+        return *found, cache
+
+
 class PositionAdapter(TokenAdapter):
-    """At learned positions of an encoder: the text's begin after the prefix."""
+    """At learned positions beside prefixes: the text's begin after them."""
 
     def around(self, call, inputs, start_index=0, **kwargs):
         if self.present:

@@ -11,6 +11,7 @@ from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.method import Method
 from keras_peft.methods.prefix_adapters import AttentionAdapter
+from keras_peft.methods.prefix_adapters import BiasedAttentionAdapter
 from keras_peft.methods.prefix_adapters import CausalAttentionAdapter
 from keras_peft.methods.prefix_adapters import PositionAdapter
 from keras_peft.methods.prefix_adapters import ProjectionAdapter
@@ -43,8 +44,11 @@ class PrefixTuning(Method):
     where `h = hidden_dim`.
 
     It fits the text decoders of keras-hub, alone or in a task, where
-    `generate()` keeps the prefix in its cache, and any other model whose
-    blocks attend by `keras.layers.MultiHeadAttention`, such as BERT and ViT.
+    `generate()` keeps the prefix in its cache, T5, and any other model whose
+    blocks attend by `keras.layers.MultiHeadAttention`, such as BERT, ViT and
+    BART. In an encoder-decoder the encoder and the decoder have prefixes,
+    each self-attention its own, and attention from one to the other has none.
+    T5's scores get no bias of relative positions where keys are learned.
 
     - [Li and Liang, 2021](https://arxiv.org/abs/2101.00190)
 
@@ -69,7 +73,7 @@ class PrefixTuning(Method):
 
     def accepts(self, layer):
         return (
-            _computes_attention(layer)
+            _attends(layer)
             or isinstance(layer, keras.layers.EinsumDense)
             or has_positions(layer)
             or is_backbone(layer)
@@ -79,24 +83,39 @@ class PrefixTuning(Method):
     def default_targets(self, candidates):
         model = candidates.model
         layers = layer_tree.layers_by_path(model)
-        attentions = [a for b in find_blocks(layers) for a in b.attention]
-        decodes = any(map(_is_decoder, layers.values()))
+        found = [a for b in find_blocks(layers) for a in b.attention]
+        attentions = [a for a in found if not a.cross]
+        encodes = len(attentions) < len(found)
+        if encodes:
+            self._check_reads_text(model, layers)
+        decodes = not encodes and any(map(_is_decoder, layers.values()))
         carriers = [
             path for a in attentions for path in _carriers(layers, a, decodes)
         ]
         if not carriers or None in carriers:
             kinds = {type(layers[a.path]).__name__ for a in attentions}
             raise ValueError(
-                "PrefixTuning needs a text decoder of keras-hub, or blocks "
-                "that attend to their own sequence alone, by "
-                f"`keras.layers.MultiHeadAttention`. `{model.name}` is "
-                "neither. Most text models take PromptTuning. "
+                "PrefixTuning needs a text decoder of keras-hub, T5, or blocks "
+                "that attend to their own sequence by "
+                f"`keras.layers.MultiHeadAttention`. `{model.name}` is none "
+                "of them. Most text models take PromptTuning. "
                 f"Received: attention by {sorted(kinds) or 'no layer'}"
             )
         if decodes:
             return [*carriers, *text_paths(model, self)[1:]]
         places = [path for path, la in layers.items() if has_positions(la)]
         return [*carriers, *places]
+
+    def _check_reads_text(self, model, layers):
+        """Raises if another input than text has positions to be moved."""
+        found = (text_objection(la, self.num_tokens) for la in layers.values())
+        reason = next(filter(None, found), None)
+        if reason is not None:
+            raise ValueError(
+                "PrefixTuning takes encoder-decoders that read text alone. "
+                f"`{model.name}` does not fit: {reason}. Other methods, such "
+                f"as LoRA, do. Received: {self!r}"
+            )
 
     def objection(self, path, layer):
         if _carries(layer) and not _heads(layer):
@@ -169,10 +188,20 @@ def _computes_attention(layer):
     return (query[0], key[0], value[0], mask) == (*"qkv", "attention_mask")
 
 
+def _adds_bias(layer):
+    """Whether `layer` is T5's attention, which hands on a bias and a cache."""
+    call = getattr(layer_tree.base_class(layer).call, "__code__", None)
+    return call is not None and {"compute_bias", "key_projector"} <= {
+        *call.co_names
+    }
+
+
+def _attends(layer):
+    return _computes_attention(layer) or _adds_bias(layer)
+
+
 def _carries(layer):
-    return _computes_attention(layer) or isinstance(
-        layer, keras.layers.EinsumDense
-    )
+    return _attends(layer) or isinstance(layer, keras.layers.EinsumDense)
 
 
 def _is_decoder(layer):
@@ -197,7 +226,9 @@ def _carriers(layers, attention, decodes):
     layer = layers[attention.path]
     own = isinstance(layer, keras.layers.MultiHeadAttention)
     rotates = any("rot" in path for path, _ in layer_tree.walk(layer))
-    if attention.cross or not (own or decodes):
+    if _adds_bias(layer):
+        return [attention.path]
+    if not (own or decodes):
         return [None]
     if _computes_attention(layer):
         return [attention.path]
@@ -224,7 +255,8 @@ def _heads(layer):
 def _head_shape(layer, child, segment):
     view = kernel_of(child)
     if not isinstance(view, EinsumKernel):  # Split into heads afterwards.
-        return view.outputs // layer.head_dim, layer.head_dim
+        size = getattr(layer, "head_dim", None) or layer.key_value_dim
+        return view.outputs // size, size
     if "qkv" in segment.split("_"):
         *heads, size = view.free_shape
         return *heads, size // 3
@@ -235,7 +267,7 @@ def _places(layers):
     """`{path: (layer's number, part)}`; a part is 0 for keys, 1 for values."""
     carriers = [path for path, layer in layers.items() if _carries(layer)]
     backbone = any(map(is_backbone, layers.values()))
-    whole = [_computes_attention(layers[path]) for path in carriers]
+    whole = [_attends(layers[path]) for path in carriers]
     if all(whole) and whole:
         return {path: (i, None) for i, path in enumerate(carriers)}
     if any(whole) or not backbone or not carriers:
@@ -248,6 +280,8 @@ def _places(layers):
 
 
 def _kind_for(layer, decodes):
+    if _adds_bias(layer):
+        return BiasedAttentionAdapter
     if not _computes_attention(layer):
         return ProjectionAdapter
     return CausalAttentionAdapter if decodes else AttentionAdapter

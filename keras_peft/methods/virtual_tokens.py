@@ -33,6 +33,12 @@ def is_backbone(layer):
     )
 
 
+def encodes_and_decodes(backbone):
+    """Whether `backbone` reads two texts, one of them by its decoder."""
+    inputs = backbone.input if isinstance(backbone.input, dict) else {}
+    return any(key.startswith("decoder_") for key in inputs)
+
+
 def generates(layer):
     """Whether `layer` is a task that writes text with a cache."""
     return hasattr(layer, "_build_cache") and hasattr(layer, "backbone")
