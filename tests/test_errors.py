@@ -1,7 +1,9 @@
 """Every error a user can cause: its words, and that nothing was changed.
 
 Damaged and hostile adapter folders, full disks and kills have their table in
-`test_adapter_io.py`, arguments of an export theirs in `export/`.
+`test_adapter_io.py`, folders of Hugging Face PEFT theirs in
+`interop/test_peft_errors.py`, arguments of an export in `export/`. Two methods
+on one layer are no error: `test_two_methods.py`.
 """
 
 import contextlib
@@ -57,6 +59,7 @@ SETTINGS = {
     "init": (dict(init="loftq2"), "'pissa'"),
     "odd orthogonal": (dict(rank=3, init="orthogonal"), "even rank"),
     "bad expression": (dict(rank_pattern={"(": 2}), "does not parse"),
+    "bias of DoRA": (dict(use_bias=True, decompose=True), "do not go together"),
 }
 
 
@@ -107,6 +110,12 @@ MISFITS: dict[str, tuple] = {
     "tokens of a kernel": (keras_peft.TokenTuning([3]), "query", "'query'"),
     "rotated tokens": (keras_peft.HRA(), "token_embedding", "No layer of"),
     "no bias": (keras_peft.BiasTuning(), "token_embedding", "No layer of"),
+    "bias of tokens": (
+        LoRA(2, use_bias=True),
+        ["query", "token_embedding"],
+        "1 of 3 layers",
+        "it has no bias",
+    ),
 }
 
 
