@@ -65,6 +65,7 @@ class Names:
             if id(layer) in heads
         }
         self._layouts = Layouts()
+        self._parts: dict[str, Part | str] = {}
         self._read(converter)
 
     def _read(self, converter: ModuleType) -> None:
@@ -108,9 +109,13 @@ class Names:
 
     # -- From Keras to Hugging Face ------------------------------------------
 
-    @functools.cache  # noqa: B019 - lives as long as the model's names.
     def part(self, path: str) -> Part | str:
         """Where the kernel of a layer lies, or why it is not known."""
+        if path not in self._parts:
+            self._parts[path] = self._find_part(path)
+        return self._parts[path]
+
+    def _find_part(self, path):
         key = self.kernels.get(path)
         if key is None:
             return self._stopped or "keras-hub's converter does not name it"
