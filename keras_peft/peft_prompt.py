@@ -29,11 +29,15 @@ def read(reader):
     method = PromptTuning(num_tokens=count)
     adapters = find(reader.names, method)
     path = next(path for path, shapes in adapters.items() if shapes)
-    prompt = reader.take_shared(KEY, adapters[path]["prompt"])
+    rows, units = adapters[path]["prompt"]
+    # An encoder-decoder's file may hold a second prompt, which PEFT never
+    # puts before the text of the decoder.
+    rows *= reader.config.get("num_transformer_submodules") or 1
+    prompt = reader.take_shared(KEY, (rows, units))
     if prompt is None:
         return None
     found = {path: {} for path in adapters}
-    found[path]["prompt"] = prompt / scale(reader.names)
+    found[path]["prompt"] = prompt[:count] / scale(reader.names)
     return method, found
 
 
@@ -48,8 +52,6 @@ def count_of(reader):
 
 def objection(names):
     """Why a prompt means something else in PEFT, or `None`."""
-    if names.task == "SEQ_2_SEQ_LM":
-        return "PEFT has two prompts for an encoder-decoder"
     if len(names.heads) > 1:
         return (
             "this classifier reads the first word, and in PEFT the first "
@@ -80,6 +82,8 @@ def scale(names):
 def write(writer):
     """`(settings, {})`; notes what cannot be said."""
     against = objection(writer.names)
+    if writer.method.decoder:
+        against = "PEFT puts no prompt before the text of a decoder"
     if against:
         writer.wrong.append(against)
         return None
@@ -90,6 +94,8 @@ def write(writer):
     settings = {
         "task_type": writer.names.task or "FEATURE_EXTRACTION",
         "num_virtual_tokens": len(prompt),
+        # PEFT takes an encoder-decoder to have two prompts otherwise.
+        "num_transformer_submodules": 1,
         "token_dim": prompt.shape[1],
     }
     return settings, {}

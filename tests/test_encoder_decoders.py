@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*support masking")
 FAMILIES = ("bart", "t5")
 METHODS = {
     "prompt": keras_peft.PromptTuning(2),
+    "two-prompts": keras_peft.PromptTuning(2, decoder=True),
     "prefix": keras_peft.PrefixTuning(2),
     "prefix-network": keras_peft.PrefixTuning(2, hidden_dim=5),
 }
@@ -216,6 +217,66 @@ def test_each_attention_to_an_own_text_has_a_prefix(family):
     assert sum(int(np.prod(shape)) for shape in shapes) == count
 
 
+def test_an_encoder_decoder_of_your_own_takes_prefixes():
+    import keras_hub
+
+    texts = [keras.Input((length, 8)) for length in (6, 5)]
+    encoded = keras_hub.layers.TransformerEncoder(12, 2)(texts[0])
+    decoded = keras_hub.layers.TransformerDecoder(12, 2)(texts[1], encoded)
+    model = keras.Model(texts, decoded)
+    rng = np.random.default_rng(0)
+    given = [rng.normal(size=(2, *text.shape[1:])) for text in texts]
+    before = numpy(model(given))
+    keras_peft.adapt(model, METHODS["prefix"])
+    assert owner(model).prefix.shape == (2, 2, 2, 2, 4)
+    randomize(model)
+    assert not close(model(given), before)
+    with keras_peft.disabled(model):
+        assert np.array_equal(numpy(model(given)), before)
+
+
+def test_two_prompts_stand_before_the_embeddings_of_two_texts():
+    model = adapted("bart", METHODS["two-prompts"])
+    backbone, inputs, hidden = model.backbone, texts(), {}
+    found = backbone(inputs)
+    prompts = numpy(owner(model).prompt).reshape(2, 2, 8)
+    mask = {}
+    with keras_peft.disabled(model):
+        for part, prompt in zip(("encoder", "decoder"), prompts, strict=True):
+            words = backbone.token_embedding(inputs[f"{part}_token_ids"])
+            first = np.repeat(prompt[None], len(words), axis=0)
+            x = ops.concatenate([first, words], axis=1)
+            x = x + getattr(backbone, f"{part}_position_embedding")(x)
+            norm = getattr(backbone, f"{part}_embeddings_layer_norm")
+            hidden[part] = norm(x)
+            mask[part] = np.pad(
+                inputs[f"{part}_padding_mask"],
+                ((0, 0), (2, 0)),
+                constant_values=True,
+            )
+        for layer in backbone.encoder_transformer_layers:
+            hidden["encoder"] = layer(
+                hidden["encoder"], padding_mask=mask["encoder"]
+            )
+        for layer in backbone.decoder_transformer_layers:
+            hidden["decoder"] = layer(
+                hidden["decoder"],
+                hidden["encoder"],
+                decoder_padding_mask=mask["decoder"],
+                encoder_padding_mask=mask["encoder"],
+            )
+    for part, expected in hidden.items():
+        assert close(found[f"{part}_sequence_output"], expected[:, 2:])
+
+
+def test_two_prompts_start_from_the_same_words():
+    model = causal_lm("bart")
+    table = numpy(model.backbone.token_embedding.embeddings)
+    keras_peft.adapt(model, keras_peft.PromptTuning(3, [4, 7], decoder=True))
+    expected = table[[4, 7, 4, 4, 7, 4]]
+    assert np.array_equal(numpy(owner(model).prompt), expected)
+
+
 # -- Masks and caches --------------------------------------------------------
 
 
@@ -288,9 +349,16 @@ def test_files_bring_the_outputs_back(family, method, tmp_path):
     assert np.array_equal(numpy(model(texts())), expected)
 
 
-def test_a_prefix_that_means_something_else_in_peft_is_not_written(tmp_path):
-    model = adapted("bart", METHODS["prefix"])
-    with pytest.raises(ValueError, match="an encoder has no prefix"):
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("prefix", "an encoder has no prefix"),
+        ("two-prompts", "no prompt before the text of a decoder"),
+    ],
+)
+def test_what_peft_does_not_compute_is_not_written(name, message, tmp_path):
+    model = adapted("bart", METHODS[name])
+    with pytest.raises(ValueError, match=message):
         keras_peft.save_adapter(model, tmp_path / "adapter", format="peft")
     assert not any(tmp_path.iterdir())
 
@@ -303,6 +371,7 @@ def test_a_prefix_that_means_something_else_in_peft_is_not_written(tmp_path):
     [
         ("whisper", keras_peft.PrefixTuning(2), "encoder_features"),
         ("bart", keras_peft.PrefixTuning(8), "leaves no room"),
+        ("gpt2", keras_peft.PromptTuning(2, decoder=True), "no encoder-decod"),
     ],
 )
 def test_what_does_not_fit_is_refused(family, method, message):

@@ -611,6 +611,7 @@ def test_families_without_a_place_for_tokens_are_refused(
         lambda: keras_peft.PromptTuning(2, init="text"),
         lambda: keras_peft.PromptTuning(2, init=[]),
         lambda: keras_peft.PromptTuning(2, init=[0.5]),
+        lambda: keras_peft.PromptTuning(2, decoder="yes"),
         lambda: keras_peft.PTuning(True),
         lambda: keras_peft.PTuning(2, hidden_dim=0),
         lambda: keras_peft.PTuning(2, encoder="gru"),

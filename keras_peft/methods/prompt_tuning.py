@@ -22,8 +22,9 @@ class PromptTuning(InFrontOfText, Method):
     the first of them, so a text has `num_tokens` positions less; outputs come
     back without them. A pooled output which the backbone itself takes from
     its first position is that of the first learned token. In an
-    encoder-decoder the prompt stands before the encoder's text. Trainable
-    parameters: `num_tokens * units`. It cannot be merged.
+    encoder-decoder the prompt stands before the encoder's text, and with
+    `decoder` a second one before the decoder's. Trainable parameters:
+    `num_tokens * units`, or twice as many. It cannot be merged.
 
     The backbones of keras-hub that read nothing but text take it, alone or in
     a task; `generate()` keeps the prompt in its cache.
@@ -36,6 +37,8 @@ class PromptTuning(InFrontOfText, Method):
             from the vocabulary. `"random"`: normal, with the deviation that
             those have. Or a list of token ids, repeated or cut to
             `num_tokens`: `model.preprocessor.tokenizer("Is this spam?")`.
+        decoder: Boolean. Whether the decoder of an encoder-decoder has a
+            prompt of its own, of as many tokens. Other models have none.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -44,13 +47,21 @@ class PromptTuning(InFrontOfText, Method):
     >>> keras_peft.adapt(causal_lm, keras_peft.PromptTuning(num_tokens=20))
     """
 
-    def __init__(self, num_tokens=20, init="vocabulary"):
+    def __init__(self, num_tokens=20, init="vocabulary", decoder=False):
         check_positive_integer("num_tokens", num_tokens, "20 to 100")
+        if not isinstance(decoder, bool):
+            raise ValueError(
+                "`decoder` must be `True`, for a prompt before the text of "
+                f"the decoder too, or `False`. Received: decoder={decoder!r}"
+            )
         self.num_tokens = num_tokens
         self.init = _checked_init(init)
+        self.decoder = decoder
 
     def shapes(self, path, layer):
-        return {"prompt": (self.num_tokens, layer.output_dim)}
+        # The encoder's, and the decoder's behind them.
+        count = self.num_tokens * (2 if self.decoder else 1)
+        return {"prompt": (count, layer.output_dim)}
 
     def create(self, path, layer, name, tokens):
         return PromptAdapter(self, path, layer, name, tokens)
@@ -83,7 +94,7 @@ class PromptAdapter(EmbeddingAdapter):
 
     def _start_values(self, rng):
         vocabulary, units = self._table().shape
-        count = self.tokens.num_tokens
+        count = self.prompt.shape[0]
         if self.init == "random":
             words = self._words(rng.integers(0, vocabulary, 1000))
             return rng.normal(scale=words.std(), size=(count, units))
@@ -95,7 +106,9 @@ class PromptAdapter(EmbeddingAdapter):
                 "`init` must hold token ids of the model, which are below "
                 f"{vocabulary}. Received: init={self.init}"
             )
-        return self._words(np.resize(self.init, count))
+        # The same words before either text.
+        ids = np.resize(self.init, self.tokens.num_tokens)
+        return self._words(np.resize(ids, count))
 
     def _table(self):
         return self.embedding.variable

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_peft.methods.adapter import CallAdapter
 from keras_peft.methods.virtual_tokens import FIRST_ID
+from keras_peft.methods.virtual_tokens import encodes_and_decodes
 from keras_peft.methods.virtual_tokens import generates
 from keras_peft.methods.virtual_tokens import is_backbone
 from keras_peft.methods.virtual_tokens import own_targets
@@ -39,7 +40,10 @@ class EmbeddingAdapter(TokenAdapter):
     """At the token embedding: says what each virtual token is."""
 
     def embeddings(self):
-        """The embeddings of the virtual tokens, `(num_tokens, units)`."""
+        """The embeddings of the virtual tokens, `(num_tokens, units)`.
+
+        Those before the text of a decoder follow, if there are any.
+        """
         raise NotImplementedError
 
     def around(self, call, inputs, *args, **kwargs):
@@ -90,7 +94,9 @@ class GeneratingTask:
         bound.arguments.update(tokens.before(bound.arguments))
         with tokens.standing_in_front():
             hidden, *rest = build(*bound.args, **bound.kwargs)
-        if not hasattr(super(), "call_decoder_with_cache"):
+        # Those of an encoder-decoder are its decoder's.
+        decodes = hasattr(super(), "call_decoder_with_cache")
+        if tokens.decoder_ids or not decodes:
             hidden = tokens.cut(hidden)
         return hidden, *rest
 
@@ -104,7 +110,11 @@ class GeneratingTask:
     def call_decoder_with_cache(self, *args, **kwargs):
         def longer(tokens, arguments):
             key = "encoder_padding_mask"
-            return tokens.before({key: arguments[key]})
+            changed = tokens.before({key: arguments[key]})
+            if tokens.decoder_ids:
+                key = "self_attention_cache_update_index"
+                changed[key] = arguments[key] + tokens.num_tokens
+            return changed
 
         call = super().call_decoder_with_cache
         return self._later_step(call, longer, args, kwargs)
@@ -143,6 +153,9 @@ class TaskAdapter(TokenAdapter):
 class InFrontOfText:
     """Mixed into a method whose tokens the token embedding gives out."""
 
+    # Whether others stand before the text of an encoder-decoder's decoder.
+    decoder = False
+
     def accepts(self, layer):
         return (
             isinstance(layer, keras.layers.Embedding)
@@ -154,7 +167,11 @@ class InFrontOfText:
         return text_paths(candidates.model, self)
 
     def objection(self, path, layer):
-        return text_objection(layer, self.num_tokens)
+        against = text_objection(layer, self.num_tokens)
+        if against is None and self.decoder and is_backbone(layer):
+            if not encodes_and_decodes(layer):
+                return "it is no encoder-decoder, so leave `decoder=True` out"
+        return against
 
     def all_shapes(self, layers):
         embedding = the_embedding(layers, self)
@@ -165,8 +182,9 @@ class InFrontOfText:
 
     def create_all(self, layers, name):
         embedding = the_embedding(layers, self)
-        ids = range(FIRST_ID, FIRST_ID + self.num_tokens)
-        tokens = tokens_for(layers, ids)
+        end = FIRST_ID + self.num_tokens
+        later = range(end, end + self.num_tokens) if self.decoder else ()
+        tokens = tokens_for(layers, range(FIRST_ID, end), later)
         created = {}
         for path, layer in layers.items():
             if path == embedding:

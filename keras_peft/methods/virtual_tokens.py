@@ -146,14 +146,16 @@ class VirtualTokens:
 
     Attributes:
         ids: The ids that stand in front.
+        decoder_ids: As many before a decoder's own text, or none: those in
+            front of an encoder-decoder are before the encoder's.
         limit: The positions that the backbone has, or `None`.
         inside: Whether the layers are being called on them right now.
     """
 
-    def __init__(self, ids, limit):
+    def __init__(self, ids, limit, decoder_ids=()):
         self.ids = list(ids)
+        self.decoder_ids = list(decoder_ids)
         self.num_tokens = len(self.ids)
-        self._ones, self._zeros = [1] * len(self.ids), [0] * len(self.ids)
         self.limit = limit
         self.inside = False
 
@@ -166,19 +168,23 @@ class VirtualTokens:
             self.inside = False
 
     def before(self, inputs):
-        """A dict of model inputs, each longer by `num_tokens` in front.
+        """A dict of model inputs, each longer by `num_tokens` in front."""
+        if not any(key.startswith("encoder_") for key in inputs):
+            return self._before(inputs, "", self.ids)
+        longer = self._before(inputs, "encoder_", self.ids)
+        if self.decoder_ids:
+            longer = self._before(longer, "decoder_", self.decoder_ids)
+        return longer
 
-        Of an encoder-decoder, those of the encoder.
-        """
-        encodes = any(key.startswith("encoder_") for key in inputs)
+    def _before(self, inputs, start, ids):
         longer = dict(inputs)
         for end, added in zip(
-            _ENDS, (self.ids, self._ones, self._zeros), strict=True
+            _ENDS, (ids, [1] * len(ids), [0] * len(ids)), strict=True
         ):
-            key = f"encoder_{end}" if encodes else end
+            key = start + end
             if inputs.get(key) is not None:
                 # Smaller integers would not hold the ids.
-                dtype = "int32" if added is self.ids else inputs[key].dtype
+                dtype = "int32" if added is ids else inputs[key].dtype
                 values = ops.cast(inputs[key], dtype)
                 self.check_length(values.shape[1])
                 longer[key] = _longer(values, added)
@@ -201,8 +207,9 @@ class VirtualTokens:
     def cut(self, outputs):
         """`outputs` without the positions of the tokens in front."""
         if isinstance(outputs, dict):
+            whole = () if self.decoder_ids else ("decoder_",)
             return {
-                key: value if key.startswith("decoder_") else self.cut(value)
+                key: value if key.startswith(whole) else self.cut(value)
                 for key, value in outputs.items()
             }
         return outputs[:, self.num_tokens :] if outputs.ndim > 2 else outputs
@@ -215,11 +222,11 @@ def _longer(values, added):
     return ops.concatenate([ops.cast(added, values.dtype), values], axis=1)
 
 
-def tokens_for(layers, ids):
-    """The `VirtualTokens` of `ids` that the adapters of `layers` share."""
+def tokens_for(layers, ids, decoder_ids=()):
+    """The `VirtualTokens` of these ids that the adapters of `layers` share."""
     limits = [position_limit(layer) for layer in layers.values()]
     known = [limit for limit in limits if limit is not None]
-    return VirtualTokens(ids, min(known, default=None))
+    return VirtualTokens(ids, min(known, default=None), decoder_ids)
 
 
 def own_targets(layers, method):

@@ -87,7 +87,7 @@ PROMPTS = {
 }
 TEXTS = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt2"),
-    *("gemma", "gemma2", "gemma3", "bert", "roberta"),
+    *("gemma", "gemma2", "gemma3", "bert", "roberta", "bart"),
 )
 
 
@@ -96,8 +96,10 @@ TEXTS = (
     [
         row
         for row in rows(TEXTS, PROMPTS, "prompt")
-        # There the first token of a prompt is classified, here the first word.
-        if row.id != "roberta-prompt"
+        # There the first token of a prompt is classified, here the first word,
+        # and no prefix is an encoder's.
+        if row.id not in ("roberta-prompt", "bart-prefix")
+        and row.id != "bart-prefix-network"
     ],
 )
 def test_tokens_in_front_both_ways(name, row, tmp_path):
