@@ -26,13 +26,21 @@ CHOSEN = [
     for name in METHODS
     if name in ("lora", "lora-pissa") or not name.startswith("lora")
 ]
+
+
+def _marks(method, name):
+    if method == "lora":
+        return [pytest.mark.slice] * (name in SLICE)
+    # The other methods share their models out among the backends.
+    return [pytest.mark.moved] * (name == "gpt2")
+
+
 ROWS = [
     pytest.param(
         METHODS[method],
         name,
         id=f"{method}-{name}",
-        marks=[pytest.mark.slice]
-        * (name == "gpt2" or (name in SLICE and method == "lora")),
+        marks=_marks(method, name),
     )
     for method in CHOSEN
     for name in (MODELS if method == "lora" else METHODS[method].models)
