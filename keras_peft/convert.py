@@ -174,8 +174,8 @@ def _kernel_changes(model, name, adapter):
     if others:
         raise ValueError(
             f"{type(adapter.method).__name__} changes more than kernels, "
-            f"which LoRA cannot: {', '.join(others[:8])}. Serve this adapter "
-            "merged, with `keras_peft.merge(model)`, or as it is. "
+            f"which plain LoRA cannot: {', '.join(others[:8])}. Serve this "
+            "adapter merged, with `keras_peft.merge(model)`, or as it is. "
             f"Received: name={name!r}"
         )
     return changes

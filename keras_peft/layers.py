@@ -23,6 +23,7 @@ class LoRA(keras.layers.Wrapper):
         scaling: `"standard"` or `"rank_stabilized"`.
         init: How the weights start.
         decompose: Boolean. DoRA.
+        use_bias: Boolean. Learn a bias for `B` too.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape: that of `layer`.
@@ -42,11 +43,14 @@ class LoRA(keras.layers.Wrapper):
         scaling="standard",
         init="default",
         decompose=False,
+        use_bias=False,
         **kwargs,
     ):
         kwargs.setdefault("dtype", layer.dtype_policy)
         super().__init__(layer, **kwargs)
-        self.method = Settings(rank, alpha, dropout, scaling, init, decompose)
+        self.method = Settings(
+            rank, alpha, dropout, scaling, init, decompose, use_bias=use_bias
+        )
 
     def build(self, input_shape=None):
         layer = self.layer

@@ -57,6 +57,12 @@ def read(path):
             "none. Load the adapter, convert it with `keras_peft.to_lora("
             f"model)`, and save it again. Received: {folder!r} with {method}"
         )
+    if method.use_bias:
+        raise ValueError(
+            "Only changes of kernels can be added up, and LoRA with "
+            "`use_bias=True` changes biases too. Merge such an adapter, or "
+            f"train it without. Received: {folder!r} with {method}"
+        )
     source = LoRAFolder(folder, method, settings, tensors)
     wrong = [w for path in source.layers for w in _wrong_in(source, path)]
     if wrong:

@@ -14,6 +14,7 @@ from keras_peft.kernels import kernel_of
 from keras_peft.methods.lora import LoRA
 from keras_peft.peft_codec import COMMON
 from keras_peft.peft_codec import ranked
+from keras_peft.peft_lora_write import BIAS
 from keras_peft.peft_lora_write import EMBEDDING
 from keras_peft.peft_lora_write import LINEAR
 from keras_peft.peft_lora_write import MAGNITUDE
@@ -22,7 +23,7 @@ from keras_peft.peft_lora_write import write as write  # Of a codec.
 
 PEFT_TYPE = "LORA"
 METHOD = LoRA
-SUFFIXES = (*EMBEDDING, *LINEAR, MAGNITUDE, "lora_B.bias")
+SUFFIXES = (*EMBEDDING, *LINEAR, MAGNITUDE, BIAS)
 SHARED = ()
 # Settings that `read` follows, or that only matter while PEFT trains.
 KNOWN = (
@@ -30,7 +31,7 @@ KNOWN = (
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"),
     *("use_rslora", "use_dora", "init_lora_weights", "ensure_weight_tying"),
     *("megatron_core", "qalora_group_size", "loftq_config", "eva_config"),
-    *("corda_config", "lora_ga_config", "velora_config", "bias"),
+    *("corda_config", "lora_ga_config", "velora_config", "bias", "lora_bias"),
 )
 # Starts that leave PEFT's base as it is; others change it.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -45,7 +46,11 @@ def read(reader):
     start = _start(reader)
     scales, adapters = {}, {}
     _check_tied(reader)
-    for module in reader.modules:
+    for module, tensors in reader.modules.items():
+        if BIAS in tensors and not reader.config.get("lora_bias"):
+            reader.wrong.append(
+                f"`{module}.{BIAS}` is there without `lora_bias`"
+            )
         if module == OUTPUT:
             continue
         parts = reader.parts(module)
@@ -71,6 +76,8 @@ def _start(reader):
         reader.wrong.append(
             f"it trained biases of the base (bias={reader.config['bias']!r})"
         )
+    if reader.config.get("lora_bias") and reader.config.get("use_dora"):
+        reader.wrong.append("`lora_bias` and `use_dora` exclude each other")
     if start in _PLAIN_STARTS:
         return "default"
     if start not in _RESIDUAL_STARTS:
@@ -83,11 +90,9 @@ def _start(reader):
 
 
 def _read_module(reader, module, parts):
-    """`{"a": (inputs, rank), "b": (rank, outputs), "magnitude": ...}`."""
+    """`{"a": (inputs, rank), "b": (rank, outputs), ...}`, with what is on."""
     if not parts:
         return None
-    if "lora_B.bias" in reader.modules[module]:
-        reader.wrong.append(f"`{module}.lora_B.bias`: LoRA here has no bias")
     part = next(iter(parts.values()))
     (inputs, outputs), taps = part.sizes, part.shape[2:]
     rank = reader.by_pattern("rank_pattern", module, "r")
@@ -105,6 +110,11 @@ def _read_module(reader, module, parts):
         if magnitude is None:
             return None
         found["magnitude"] = magnitude.ravel()
+    if reader.config.get("lora_bias"):
+        bias = reader.take(module, BIAS, (outputs,))
+        if bias is None:
+            return None
+        found["bias"] = bias
     return found
 
 
@@ -135,25 +145,38 @@ def _start_values(reader, parts, start, found, scale):
 
 def _split(found, parts):
     """`{path: weights}` of the layers that make up one module."""
-    whole, adapters = found["b"], {}
-    # A fused module may hold one block of ranks for each of its parts.
-    blocks = len(parts) > 1 and whole.any() and found.keys() == {"a", "b"}
+    adapters = {}
     for path, part in parts.items():
-        b = whole[:, part.outputs]
-        used = b.any(axis=1) if blocks else np.full(len(b), True)
+        used = _used_ranks(found, part, len(parts))
         if not used.any():
             continue  # Nothing changes this part of the module.
         weights = {
             "lora_kernel_a": found["a"][part.inputs][:, used],
-            "lora_kernel_b": b[used],
+            "lora_kernel_b": found["b"][:, part.outputs][used],
         }
         if "a0" in found:
             weights["lora_initial_a"] = found["a0"][part.inputs]
             weights["lora_initial_b"] = found["b0"][:, part.outputs]
-        if "magnitude" in found:
-            weights["lora_magnitude"] = found["magnitude"][part.outputs]
+        for key in ("magnitude", "bias"):
+            if key in found:
+                weights[f"lora_{key}"] = found[key][part.outputs]
         adapters[path] = weights
     return adapters
+
+
+def _used_ranks(found, part, count):
+    """Which ranks of a module one of its `count` parts has.
+
+    A fused module may hold one block of ranks for each of its parts.
+    """
+    whole = found["b"]
+    every = np.full(len(whole), True)
+    blocks = count > 1 and whole.any() and found.keys() <= {"a", "b", "bias"}
+    if not blocks:
+        return every
+    used = whole[:, part.outputs].any(axis=1)
+    moves = "bias" in found and found["bias"][part.outputs].any()
+    return every if moves and not used.any() else used
 
 
 def _method(config, start, ranks, scales):
@@ -164,6 +187,7 @@ def _method(config, start, ranks, scales):
         scaling="rank_stabilized" if stabilized else "standard",
         init=start,
         decompose=bool(config.get("use_dora")),
+        use_bias=bool(config.get("lora_bias")),
         **ranked(ranks, scales, math.sqrt if stabilized else None),
     )
 

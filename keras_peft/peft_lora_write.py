@@ -9,10 +9,11 @@ from keras_peft.kernels import kernel_of
 from keras_peft.peft_codec import is_embedding
 from keras_peft.peft_codec import ranked_settings
 
-# PEFT's names of `A` and `B`, and of DoRA's norms.
+# PEFT's names of `A` and `B`, of DoRA's norms, and of a bias of `B`.
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 LINEAR = ("lora_A.weight", "lora_B.weight")
 MAGNITUDE = "lora_magnitude_vector"
+BIAS = "lora_B.bias"
 
 
 def write(writer):
@@ -22,6 +23,8 @@ def write(writer):
         a, b, scales[module] = _combined(writer, parts)
         ranks[module] = a.shape[1]
         modules[module] = _tensors(writer, module, parts, a, b)
+        if method.use_bias:
+            modules[module][BIAS] = _bias(writer, parts, scales[module])
     _write_tied(writer, modules, ranks, scales)
     stabilized = method.scaling == "rank_stabilized"
     settings = ranked_settings(
@@ -41,6 +44,8 @@ def write(writer):
         ),
         **settings,
     }
+    if method.use_bias:  # Versions of PEFT before 0.14 do not know it.
+        settings["lora_bias"] = True
     return settings, modules
 
 
@@ -111,6 +116,17 @@ def _magnitude(writer, parts):
             own = np.linalg.norm(kernel, axis=0)
         magnitude[part.outputs] = own
     return magnitude
+
+
+def _bias(writer, parts, scale):
+    """Of the whole module: zero for a part that is not adapted."""
+    _, outputs = next(iter(parts.values())).sizes
+    bias = np.zeros(outputs, "float32")
+    for path, part in parts.items():
+        if path in writer.leaves:
+            own = np.float32(writer.method.scale_of(path) / scale)
+            bias[part.outputs] = writer.weights(path)["lora_bias"] * own
+    return bias
 
 
 def _write_tied(writer, modules, ranks, scales):

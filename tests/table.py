@@ -55,6 +55,16 @@ def dora(kernel, settings, lora_magnitude, **factors):
     return lora_magnitude * direction / np.linalg.norm(direction, axis=0)
 
 
+def lora_bias(kernel, settings, lora_bias, **factors):
+    """The bias of `B` is none of the kernel's matter."""
+    return lora(kernel, settings, **factors)
+
+
+def bias_of_b(bias, settings, lora_bias, **factors):
+    """What `scale * (hidden @ B + b)` leaves beside the kernel."""
+    return bias + settings.scale_of("layer") * lora_bias
+
+
 def residual(kernel, settings, lora_initial_a, lora_initial_b, **factors):
     """PiSSA's Eq. 5: the kernel less its start, plus what it became."""
     start = lora(0.0, settings, lora_initial_a, lora_initial_b)
@@ -280,6 +290,13 @@ METHODS = {
         _lora(init="olora"), exact_start=False, merged=residual
     ),
     "lora-dropout": Method(_lora(dropout=0.5), merged=lora),
+    "lora-bias": Method(
+        _lora(use_bias=True, alpha=3),
+        parameters=lambda i, o: 2 * (i + o) + o,
+        merged=lora_bias,
+        merged_bias=bias_of_b,
+        refuses=NO_BIAS,
+    ),
     "dora": Method(
         _lora(decompose=True, alpha=3),
         exact_start=False,

@@ -415,6 +415,14 @@ def test_another_method_is_refused_with_what_to_do(
     keras_peft.combine_adapters(adapters, [1, 1], tmp_path / "out", "linear")
 
 
+def test_biases_are_refused(folders, tmp_path):
+    method = keras_peft.LoRA(2, use_bias=True)
+    adapters = [folders["plain"], save(tmp_path / "other", method, "query")]
+    with pytest.raises(ValueError, match="changes biases too.*Received: "):
+        keras_peft.combine_adapters(adapters, [1, 1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_of_two_bases_are_refused(folders, tmp_path):
     model = build(NAME)
     kernel = model.backbone.transformer_layers[1]._feedforward_output_dense

@@ -264,9 +264,11 @@ def test_a_hand_written_layer_trains_saves_and_loads(tmp_path):
         inputs
     )
     dense = keras.layers.Dense(4, activation="relu")
-    hidden = keras_peft.layers.LoRA(dense, rank=2, alpha=3)(hidden)
+    hidden = keras_peft.layers.LoRA(dense, rank=2, alpha=3, use_bias=True)(
+        hidden
+    )
     model = keras.Model(inputs, hidden)
-    assert len(model.trainable_variables) == 4
+    assert len(model.trainable_variables) == 5
     model.compile(keras.optimizers.Adam(0.1), "mse")
     tokens = np.arange(24).reshape(4, 6) % 9
     targets = np.ones((4, 6, 4), "float32")
@@ -276,7 +278,7 @@ def test_a_hand_written_layer_trains_saves_and_loads(tmp_path):
     other = keras.models.load_model(tmp_path / "model.keras")
     expected = model.predict(tokens, verbose=0)
     assert np.array_equal(other.predict(tokens, verbose=0), expected)
-    assert len(other.trainable_variables) == 4
+    assert len(other.trainable_variables) == 5
     wrapper = other.layers[-1]
     config = type(wrapper).from_config(wrapper.get_config()).get_config()
     assert config == wrapper.get_config()

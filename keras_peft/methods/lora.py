@@ -31,7 +31,8 @@ class LoRA(Ranked, Method):
     own shape; `A` is `(inputs, rank)` and `B` is `(rank, outputs)`. The layer
     computes `x @ kernel + scale * (x @ A) @ B`: neither the product `A @ B` nor
     a gradient of the kernel is ever formed. Trainable parameters per layer:
-    `rank * (inputs + outputs)`, and `outputs` more with `decompose=True`.
+    `rank * (inputs + outputs)`, and `outputs` more with `decompose=True` or
+    `use_bias=True`.
 
     - [Hu et al., 2021](https://arxiv.org/abs/2106.09685): LoRA
     - [Kalajdzievski, 2023](https://arxiv.org/abs/2312.03732): rank-stabilized
@@ -74,9 +75,14 @@ class LoRA(Ranked, Method):
         rank_pattern: Dict from layer names or path expressions to ranks that
             replace `rank` there, or `None`.
         alpha_pattern: The same for `alpha`.
+        use_bias: Boolean. Learn a bias for `B` too, of shape `(outputs,)` and
+            zero at the start: the layer's own becomes `bias + scale * b`.
+            Only of layers that have one to merge it into, and not with
+            `decompose=True`. PEFT calls it `lora_bias`.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range, or `use_bias` and
+            `decompose` are both on.
 
     Example:
     >>> keras_peft.adapt(model, keras_peft.LoRA(rank=8), targets="attention")
@@ -92,6 +98,7 @@ class LoRA(Ranked, Method):
         decompose=False,
         rank_pattern=None,
         alpha_pattern=None,
+        use_bias=False,
     ):
         self.rank = rank
         self.alpha = alpha
@@ -101,6 +108,7 @@ class LoRA(Ranked, Method):
         self.decompose = decompose
         self.rank_pattern = rank_pattern
         self.alpha_pattern = alpha_pattern
+        self.use_bias = use_bias
         self._check()
 
     def _check(self):
@@ -122,6 +130,12 @@ class LoRA(Ranked, Method):
                     f"`{name}` must be one of {', '.join(map(repr, known))}. "
                     f"Received: {name}={getattr(self, name)!r}"
                 )
+        if self.use_bias and self.decompose:
+            raise ValueError(
+                "`use_bias=True` and `decompose=True` do not go together: DoRA "
+                "is of kernels alone. Leave one of them out. Received: "
+                f"use_bias={self.use_bias!r}, decompose={self.decompose!r}"
+            )
 
     def scale_of(self, path):
         if self.scaling == "rank_stabilized":
@@ -137,7 +151,9 @@ class LoRA(Ranked, Method):
         unfit = isinstance(kernel, EmbeddingKernel | DepthwiseKernel)
         if self.init == "eva" and unfit:
             return "`init='eva'` is of layers that mix the channels of inputs"
-        return rank_objection(self.rank_of(path), layer)
+        return rank_objection(self.rank_of(path), layer) or (
+            _bias_objection(kernel) if self.use_bias else None
+        )
 
     def shapes(self, path, layer):
         kernel, rank = kernel_of(layer), self.rank_of(path)
@@ -147,10 +163,18 @@ class LoRA(Ranked, Method):
             shapes |= {"lora_initial_a": a, "lora_initial_b": b}
         if self.decompose:
             shapes["lora_magnitude"] = (kernel.outputs,)
+        if self.use_bias:
+            shapes["lora_bias"] = (kernel.outputs,)
         return shapes
 
     def create(self, path, layer, name):
         return LoRAAdapter(self, path, layer, name)
+
+
+def _bias_objection(kernel):
+    if kernel.bias is None:
+        return "it has no bias, to which that of `use_bias=True` could add"
+    return kernel.bias_objection()
 
 
 class LoRAAdapter(KernelAdapter):
@@ -162,6 +186,7 @@ class LoRAAdapter(KernelAdapter):
         self.init = method.init
         self.residual = method.init in _RESIDUAL_INITS
         self.decompose = method.decompose
+        self.use_bias = method.use_bias
         super().__init__(layer, method.shapes(path, layer), name)
         drops = method.dropout and not isinstance(self.kernel, EmbeddingKernel)
         self.dropout = keras.layers.Dropout(method.dropout) if drops else None
@@ -201,7 +226,8 @@ class LoRAAdapter(KernelAdapter):
         dtype = outputs.dtype
         strength = ops.cast(self.strength, dtype)
         if not self.decompose:
-            return self._low_rank(inputs, dtype, strength, reverse)
+            change = self._low_rank(inputs, dtype, strength, reverse)
+            return self._with_bias(change, strength)
         gain = ops.cast(self._gain(), dtype)
         if reverse:
             # The logits of a tied embedding, `inputs @ kernel.T`: there the
@@ -215,6 +241,13 @@ class LoRAAdapter(KernelAdapter):
             kept = scale(self.kernel.without_bias(outputs), gain - 1.0)
             change = scale(self._low_rank(inputs, dtype, 1.0), gain)
         return (kept + change) * strength
+
+    def _with_bias(self, change, strength):
+        if not self.use_bias:
+            return change
+        bias = ops.cast(self.lora_bias, change.dtype)
+        bias = bias * ops.cast(strength * self.scale, change.dtype)
+        return self.kernel.map_outputs(change, lambda rows: rows + bias)
 
     def _low_rank(self, inputs, dtype, strength, reverse=False):
         kernel = self.kernel
@@ -268,6 +301,13 @@ class LoRAAdapter(KernelAdapter):
             norm = np.sqrt(np.square(merged).sum(axis=0))
             delta = merged * (convert(self.lora_magnitude) / norm) - kernel
         return delta * convert(self.strength)
+
+    def bias_delta(self, bias):
+        if not self.use_bias:
+            return None
+        convert = ops.convert_to_numpy
+        change = convert(self.lora_bias) * np.float32(self.scale)
+        return change * convert(self.strength)
 
 
 def _start_values(adapter, rng):

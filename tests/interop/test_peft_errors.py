@@ -116,6 +116,17 @@ def truncated(folder):
     (folder / TENSORS).write_bytes(data[: len(data) // 2])
 
 
+def with_biases(folder):
+    settings(lora_bias=True)(folder)
+    sizes = {
+        key.replace("weight", "bias"): len(value)
+        for key, value in load_file(folder / TENSORS).items()
+        if key.endswith("lora_B.weight")
+    }
+    for key, size in sizes.items():
+        put(key, np.ones(size, "float32"))(folder)
+
+
 ONES = np.ones(16, "float32")
 BAD = {
     "no json": (
@@ -168,7 +179,16 @@ BAD = {
         "down_proj.lora_B.weight` has shape (2, 16), not (16, 2): it is",
     ),
     "nan": (tensors(not_a_number), "holds NaN or infinity"),
-    "bias of B": (put(f"{Q}.lora_B.bias", ONES), "lora_B.bias"),
+    "bias of B": (put(f"{Q}.lora_B.bias", ONES), "without `lora_bias`"),
+    "no bias of B": (
+        settings(lora_bias=True),
+        "missing `layers.1.mlp.down_proj.lora_B.bias`",
+    ),
+    "bias of DoRA": (
+        settings(lora_bias=True, use_dora=True),
+        "`lora_bias` and `use_dora` exclude each other",
+    ),
+    "bias of a layer without": (with_biases, "it has no bias"),
     "no magnitude": (settings(use_dora=True), "lora_magnitude_vector"),
     "another model": (
         tensors(another_model),

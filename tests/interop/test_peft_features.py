@@ -119,6 +119,25 @@ ROWS = {
         "vit",
         dict(target_modules=["projection"], r=3, use_dora=True),
     ),
+    "bias": (
+        "bert",
+        dict(target_modules="all-linear", r=3, lora_alpha=5, lora_bias=True),
+    ),
+    "bias-fused": (
+        "gpt2",
+        dict(
+            target_modules=["c_attn", "c_proj"],
+            r=2,
+            lora_alpha=3,
+            rank_pattern={r"h.1.attn.c_attn": 4},
+            lora_bias=True,
+            fan_in_fan_out=True,
+        ),
+    ),
+    "bias-convolution": (
+        "vit",
+        dict(target_modules=["projection", "q_proj"], r=3, lora_bias=True),
+    ),
     "head": (
         "roberta",
         dict(target_modules=["query"], task_type="SEQ_CLS"),
@@ -324,6 +343,28 @@ def test_a_fused_layer_adds_up_the_ranks_of_its_parts(tmp_path):
     }
     assert found == {"query_dense": 2, "key_dense": 3}
     assert_close(of_ours(again, arrays), of_ours(model, arrays))
+
+
+def test_a_part_of_a_fused_layer_of_which_only_the_bias_moves(tmp_path):
+    base = peer("gpt2", tmp_path / "base")
+    model = ours("gpt2", tmp_path / "base")
+    alphas = {"key_dense": 1}  # Two scales: the module has only one.
+    method = LoRA(2, alpha=6, alpha_pattern=alphas, use_bias=True)
+    keras_peft.adapt(model, method, targets=["query", "key"])
+    randomize_ours(model)
+    for path, leaf in adapter_leaves(model).items():
+        if path.endswith("query_dense"):
+            leaf.lora_kernel_b.assign(leaf.lora_kernel_b * 0.0)
+    keras_peft.save_adapter(model, tmp_path / "adapter", format="peft")
+    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    arrays = inputs("gpt2")
+    found = of_ours(model, arrays)
+    assert_close(found, of_peer(tuned, arrays))
+    assert_close(found, of_peer(tuned.merge_and_unload(), arrays))
+    again = ours("gpt2", tmp_path / "base")
+    keras_peft.load_adapter(again, tmp_path / "adapter")
+    assert adapter_leaves(again).keys() == adapter_leaves(model).keys()
+    assert_close(of_ours(again, arrays), found)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
