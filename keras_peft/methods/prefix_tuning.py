@@ -183,9 +183,10 @@ def _computes_attention(layer):
     call = getattr(kind.call, "__code__", None)
     if call is None or "_compute_attention" not in call.co_names:
         return False
-    own = inspect.signature(kind._compute_attention).parameters
-    _, query, key, value, mask, *_ = [*own, ""]
-    return (query[0], key[0], value[0], mask) == (*"qkv", "attention_mask")
+    _, *names = inspect.signature(kind._compute_attention).parameters
+    starts = ("q", "k", "v", "attention_mask")
+    pairs = list(zip(names, starts, strict=False))
+    return len(pairs) == 4 and all(n.startswith(start) for n, start in pairs)
 
 
 def _adds_bias(layer):
