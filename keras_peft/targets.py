@@ -145,9 +145,12 @@ def no_match(candidates, unmatched, targets, argument="targets"):
     )
     groups = [group for group in GROUPS if candidates.group(group)]
     missing = ", ".join(map(repr, unmatched)) or "an empty list"
+    missing = f"matches {missing}"
+    if targets is None:
+        missing = "is one that the method adapts by default"
     near = nearest(unmatched[0], [*names, *groups]) if unmatched else ""
     return (
-        f"No layer of `{candidates.model.name}` matches {missing}.{near} "
+        f"No layer of `{candidates.model.name}` {missing}.{near} "
         f"Layers that can be adapted: {listed or 'none'}. Groups: "
         f"{', '.join(map(repr, groups)) or 'none'}. "
         f"Received: {argument}={targets}"

@@ -133,7 +133,7 @@ def test_adapt_without_blocks_or_norms():
     model = build("functional")
     with refused(model, "no transformer blocks"):
         keras_peft.adapt(model, keras_peft.IA3())
-    with refused(model, "can be adapted: none"):
+    with refused(model, "adapts by default", "can be adapted: none"):
         keras_peft.adapt(model, keras_peft.NormTuning())
 
 
