@@ -28,7 +28,7 @@ quickstart: $(QUICKSTART) ## Fine-tune, merge and export real MiniLM weights
 	@echo "Running examples/quickstart.py."
 	@$(VENV)/bin/python examples/quickstart.py $(ARGS)
 
-test: $(DEV) ## Test the whole table on TensorFlow, a slice on JAX and torch
+test: $(DEV) ## Test the table on TensorFlow, a slice on JAX, more on torch
 	@$(VENV)/bin/python tests/run_backends.py $(ARGS)
 
 test-slow: $(DEV) ## Test everything on all three, real weights included

@@ -15,6 +15,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault(variable, "1")
 
 
+# Many architectures, and the peers: torch, which compiles nothing, is through
+# them in a fraction of the time.
+MOVED = (
+    "interop",
+    "test_blocks.py",
+    "test_encoder_decoders.py",
+    "test_modules.py",
+    "test_prompts.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.relative_to(config.rootpath / "tests").parts[0] in MOVED:
+            item.add_marker("moved")
+
+
 # Keras is imported late, so that a process that only hands out tests does not
 # spend seconds on it.
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ def _marks(method, name):
     if method == "lora":
         return [pytest.mark.slice] * (name in SLICE)
     # The other methods share their models out among the backends.
-    return [pytest.mark.moved] * (name == "gpt2")
+    return [pytest.mark.slice, pytest.mark.moved] if name == "gpt2" else []
 
 
 ROWS = [
