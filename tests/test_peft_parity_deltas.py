@@ -140,7 +140,7 @@ def test_one_layer_computes_what_it_does_in_peft(
     layer.build((None, INPUTS))
     for variable in layer.variables:
         variable.assign(rng.normal(size=variable.shape).astype("float32"))
-    adapter = make().create("layer", layer, "default")
+    (adapter,) = make().create_all({"": layer}, "default").values()
     adapter.start()
     for variable in adapter.learned:
         value = rng.normal(scale=0.5, size=variable.shape)
