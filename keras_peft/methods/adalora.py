@@ -74,6 +74,9 @@ class AdaLoRA(Method):
             "adalora_mask": (rank,),
         }
 
+    def create(self, path, layer, name):
+        return self.create_all({path: layer}, name)[path]
+
     def create_all(self, layers, name):
         # Two matrices of each layer share the penalty.
         weight = self.orthogonality / (2 * len(layers))

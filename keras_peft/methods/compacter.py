@@ -10,12 +10,13 @@ from keras_peft.methods.bottleneck import check_activation
 from keras_peft.methods.bottleneck import check_placement
 from keras_peft.methods.method import Method
 from keras_peft.methods.settings import check_positive_integer
+from keras_peft.methods.sharing import Sharing
 
 _PLACEMENTS = ("sequential", "double")
 
 
 @keras.saving.register_keras_serializable(package="keras_peft")
-class Compacter(AfterSublayers, Method):
+class Compacter(Sharing, AfterSublayers, Method):
     """Compacter: bottleneck adapters of low-rank Kronecker products.
 
     At the output projection of a sublayer with outputs `h` it adds
@@ -94,27 +95,11 @@ class Compacter(AfterSublayers, Method):
             "compacter_up_bias": (width,),
         }
 
-    def all_shapes(self, layers):
-        found = super().all_shapes(layers)
-        shared = (self.num_terms,) * 3
-        found[next(iter(layers))]["compacter_shared"] = shared
-        return found
+    def shared_shapes(self, layers):
+        return {"compacter_shared": (self.num_terms,) * 3}
 
-    def create(self, path, layer, name):
-        return self.create_all({path: layer}, name)[path]
-
-    def create_all(self, layers, name):
-        shapes = self.all_shapes(layers)
-        adapters = {
-            path: CompacterLayer(self, layer, shapes[path], name)
-            for path, layer in layers.items()
-        }
-        owner = next(iter(adapters.values()))
-        for adapter in adapters.values():
-            # As a function: Keras saves every layer that it finds, so what is
-            # shared would be saved again and again.
-            object.__setattr__(adapter, "owner", lambda: owner)
-        return adapters
+    def create_with(self, layer, shapes, name):
+        return CompacterLayer(self, layer, shapes, name)
 
 
 class CompacterLayer(BottleneckLayer):

@@ -1,7 +1,6 @@
 """VeRA: random projections that all layers share, scaled by vectors."""
 
 import math
-import weakref
 
 import keras
 import numpy as np
@@ -10,10 +9,11 @@ from keras_peft.kernels import kernel_of
 from keras_peft.methods.factored import FactoredAdapter
 from keras_peft.methods.method import Method
 from keras_peft.methods.settings import check_positive_integer
+from keras_peft.methods.sharing import Sharing
 
 
 @keras.saving.register_keras_serializable(package="keras_peft")
-class VeRA(Method):
+class VeRA(Sharing, Method):
     """Vector-based random adaptation: `kernel + A * d @ (B * b)`.
 
     One frozen random `A` of shape `(largest inputs, rank)` and one frozen
@@ -63,32 +63,17 @@ class VeRA(Method):
         outputs = kernel_of(layer).outputs
         return {"vera_lambda_d": (self.rank,), "vera_lambda_b": (outputs,)}
 
-    def all_shapes(self, layers):
-        found = super().all_shapes(layers)
+    def shared_shapes(self, layers):
         kernels = [kernel_of(layer) for layer in layers.values()]
         inputs = max(kernel.inputs for kernel in kernels)
         outputs = max(kernel.outputs for kernel in kernels)
-        found[next(iter(layers))] |= {
+        return {
             "vera_projection_a": (inputs, self.rank),
             "vera_projection_b": (self.rank, outputs),
         }
-        return found
 
-    def create(self, path, layer, name):
-        return self.create_all({path: layer}, name)[path]
-
-    def create_all(self, layers, name):
-        shapes = self.all_shapes(layers)
-        adapters = {
-            path: VeRAAdapter(self, layer, shapes[path], name)
-            for path, layer in layers.items()
-        }
-        owner = next(iter(adapters.values()))
-        for adapter in adapters.values():
-            # A reference that Keras does not follow: it would save the
-            # projections with each layer.
-            object.__setattr__(adapter, "owner", weakref.ref(owner))
-        return adapters
+    def create_with(self, layer, shapes, name):
+        return VeRAAdapter(self, layer, shapes, name)
 
 
 class VeRAAdapter(FactoredAdapter):
