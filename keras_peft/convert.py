@@ -12,6 +12,7 @@ from keras_peft.adapter_state import NamedAdapter
 from keras_peft.combine import lora_of
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
+from keras_peft.kernels import read
 from keras_peft.low_rank import LowRankReport
 from keras_peft.patterns import lies_in
 from keras_peft.targets import find_head
@@ -231,7 +232,7 @@ def _differences(base, ours, theirs, head):
     layers, changes, left_out = layer_tree.layers_by_path(base), {}, {}
     for key, variable in ours.items():
         path, _, name = key
-        before, after = _read(variable), _read(theirs[key])
+        before, after = read(variable), read(theirs[key])
         if lies_in(path, head) or np.array_equal(before, after):
             continue
         if not np.isfinite(after).all():
@@ -254,7 +255,3 @@ def _differences(base, ours, theirs, head):
             f"{', '.join(left_out) or 'none'}. Received: base={base.name!r}"
         )
     return changes, left_out
-
-
-def _read(variable):
-    return keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))

@@ -12,6 +12,11 @@ import keras
 from keras import ops
 
 
+def read(variable):
+    """A variable of any dtype as a float32 NumPy array."""
+    return ops.convert_to_numpy(ops.cast(variable, "float32"))
+
+
 class DenseKernel:
     """`Dense`: the kernel is the matrix."""
 
@@ -33,13 +38,11 @@ class DenseKernel:
 
     def read(self):
         """The kernel as a float32 NumPy array of that shape."""
-        kernel = ops.cast(self.variable, "float32")
-        return self.to_matrix(ops.convert_to_numpy(kernel))
+        return self.to_matrix(read(self.variable))
 
     def read_bias(self):
         """The bias as a float32 NumPy array of shape `(outputs,)`."""
-        bias = ops.cast(self.bias, "float32")
-        return ops.convert_to_numpy(bias).reshape(self.outputs)
+        return read(self.bias).reshape(self.outputs)
 
     def to_matrix(self, kernel):
         """The same of a NumPy array in the kernel's own shape."""

@@ -11,6 +11,7 @@ from keras_peft import adapted_model
 from keras_peft import adapter_state
 from keras_peft import layer_tree
 from keras_peft.adapter_state import AdapterState
+from keras_peft.kernels import read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _fold(path, deltas):
     """Merges one layer; returns what rounding lost of the change."""
     lost = size = 0.0
     for variable, change in deltas:
-        base = _read(variable)
+        base = read(variable)
         merged = base + change  # float32
         if not np.isfinite(merged).all():
             raise ValueError(
@@ -136,7 +137,7 @@ def _fold(path, deltas):
                 f"Received: layer={path!r}"
             )
         variable.assign(merged)
-        held = _read(variable).astype("float64") - base
+        held = read(variable).astype("float64") - base
         lost += np.square(held - change).sum()
         size += np.square(change.astype("float64")).sum()
     return float(np.sqrt(lost / size)) if size else 0.0
@@ -174,10 +175,6 @@ def unmerge(model: keras.Model) -> keras.Model:
 
 def _bits(variable):
     return keras.ops.convert_to_numpy(variable)
-
-
-def _read(variable):
-    return keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))
 
 
 def _digests(held):
