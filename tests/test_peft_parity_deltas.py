@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from peft_linear import peft_linear
 
 import keras_peft
 from keras_peft import layer_tree
@@ -95,25 +96,11 @@ ROWS = {
 }
 
 
-def _peft_model(config, settings, layer, tensors):
-    """A PEFT model of one `Linear` with the kernel and weights of ours."""
+def _assign(model, tensors):
+    """Gives a PEFT model all of its adapter's tensors."""
     import peft
     import torch
 
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = torch.nn.Linear(INPUTS, OUTPUTS)
-
-        def forward(self, x):
-            return self.linear(x)
-
-    base = Model()
-    with torch.no_grad():
-        base.linear.weight.copy_(torch.from_numpy(numpy(layer.kernel).T.copy()))
-        base.linear.bias.copy_(torch.from_numpy(numpy(layer.bias).copy()))
-    config = getattr(peft, config)(target_modules=["linear"], **settings)
-    model = peft.get_peft_model(base, config)
     expected = peft.get_peft_model_state_dict(model)
     state = {}
     for name, array in tensors.items():
@@ -122,7 +109,6 @@ def _peft_model(config, settings, layer, tensors):
         state[key] = torch.from_numpy(np.ascontiguousarray(array))
     assert state.keys() == expected.keys()
     peft.set_peft_model_state_dict(model, state)
-    return model
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own.
@@ -146,7 +132,9 @@ def test_one_layer_computes_what_it_does_in_peft(
         value = rng.normal(scale=0.5, size=variable.shape)
         variable.assign(value.astype("float32"))
     tensors = {key: numpy(v) for key, v in adapter.parameters.items()}
-    model = _peft_model(*peft_settings, layer, tensors_of(tensors))
+    kernel, bias = numpy(layer.kernel), numpy(layer.bias)
+    model = peft_linear(*peft_settings, kernel, bias)
+    _assign(model, tensors_of(tensors))
     inputs = rng.normal(size=(5, INPUTS)).astype("float32")
     base = numpy(layer(inputs))
     layer_tree.attach(layer, "default", adapter)

@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+from peft_linear import peft_linear
 
 import keras_peft
 from keras_peft.methods.boft import butterfly
@@ -78,27 +79,6 @@ ROWS = {
 AROUND_ONE = ("ia3_scale", "boft_scale", "road_alpha")
 
 
-def _peft_model(config, settings, kernel, bias):
-    """A PEFT model of one `Linear` with our kernel."""
-    import peft
-    import torch
-
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = torch.nn.Linear(INPUTS, OUTPUTS)
-
-        def forward(self, x):
-            return self.linear(x)
-
-    base = Model()
-    with torch.no_grad():
-        base.linear.weight.copy_(torch.from_numpy(kernel.T.copy()))
-        base.linear.bias.copy_(torch.from_numpy(bias))
-    config = getattr(peft, config)(target_modules=["linear"], **settings)
-    return peft.get_peft_model(base, config)
-
-
 def _assign(model, tensors):
     import torch
 
@@ -135,7 +115,7 @@ def test_one_kernel_changes_as_in_peft(row):
         weights[name] = weights[name].astype("float32")
         variable.assign(weights[name])
 
-    model = _peft_model(*peft_settings, kernel, bias)
+    model = peft_linear(*peft_settings, kernel, bias)
     _assign(model, tensors_of(weights))
     inputs = rng.normal(size=(5, INPUTS)).astype("float32")
     with torch.no_grad():
