@@ -10,12 +10,15 @@ the dialogues there and reports the held-out loss of a response's tokens. Every
 method has its paper's settings, the same learning rates, optimizer, schedule
 and number of steps, in this library and, where it has the method, in PEFT.
 Each run is a line of `--results`; runs that are there already are left out.
-`--timing` measures the time of a step, one method after another. `table`
+The time of a step of each method is measured while no other one runs. `table`
 prints the best rate of each method over its seeds, as Markdown. All of it
 takes an hour of a GPU, and days without one.
 """
 
 import argparse
+import contextlib
+import fcntl
+import functools
 import itertools
 import json
 import os
@@ -35,6 +38,7 @@ RATES = {
 # Full fine-tuning wants smaller ones.
 FULL_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
 SEEDS = 3
+LIBRARIES = ("keras_peft", "peft")
 SETTINGS = dict(rank=8)
 
 # `{name: (class in keras_peft, arguments)}`; `None` adds no adapter.
@@ -97,18 +101,31 @@ def write(path, row):
     print(json.dumps(row), flush=True)
 
 
+@contextlib.contextmanager
+def device(path, alone=False):
+    """Waits until no other process has it `alone`, or until none has it."""
+    gate = path.with_suffix(".gate")
+    with gate.open("w") as turn, path.with_suffix(".lock").open("w") as use:
+        # Who waits to be alone keeps the gate, so that others cannot overtake.
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(use, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        yield
+
+
 def work(options, library, name):
     """All runs of one method: every rate, then the best with more seeds."""
     if library == "peft":
         from runs.peft_runs import Runner
     else:
         from runs.keras_peft_runs import Runner
-    runner = Runner(options.task, options.preset, name, *METHODS[name])
+    rows = {key(row): row for row in read(options.results)}
+    with device(options.results):
+        runner = Runner(options.task, options.preset, name, *METHODS[name])
     if not runner.available:
         return
-    done = {key(row): row for row in read(options.results)}
 
-    def run(rate, seed, timing=False):
+    def result(rate, seed, timing=False):
         row = dict(
             task=options.task,
             library=library,
@@ -117,22 +134,26 @@ def work(options, library, name):
             seed=seed,
             timing=timing,
         )
-        if key(row) not in done:
-            found = runner.time(rate) if timing else runner.run(rate, seed)
-            done[key(row)] = {**row, **found}
-            write(options.results, done[key(row)])
-        return done[key(row)]
+        if key(row) not in rows:
+            alone = functools.partial(device, options.results, alone=True)
+            if timing:
+                found = runner.time(rate, alone)
+            else:
+                with device(options.results):
+                    found = runner.run(rate, seed)
+            rows[key(row)] = {**row, **found}
+            write(options.results, rows[key(row)])
+        return rows[key(row)]
 
     rates = options.rates or RATES[options.task]
     if name in ("Full", "Untrained"):
         rates = FULL_RATES if name == "Full" else (0.0,)
-    if options.timing:
-        run(rates[0], 0, timing=True)
-        return
-    rows = [run(rate, 0) for rate in rates]
-    best = max(rows, key=lambda row: row["score"])
+    found = [result(rate, 0) for rate in rates]
+    best = max(found, key=lambda row: row["score"])
     for seed in range(1, options.seeds):
-        run(best["rate"], seed)
+        result(best["rate"], seed)
+    if name != "Untrained":
+        result(RATES[options.task][0], 0, timing=True)
 
 
 def spread(options):
@@ -188,19 +209,19 @@ def table(rows):
             continue
         print(
             f"\n| {task} | {unit} | PEFT's | rate | parameters | adapter, kB "
-            "| step, ms | merges |\n" + "|---" * 8 + "|"
+            "| step, ms | PEFT's | merges |\n" + "|---" * 9 + "|"
         )
         for name in METHODS:
             ours = best([r for r in found if is_of(r, "keras_peft", name)])
             theirs = best([r for r in found if is_of(r, "peft", name)])
             if ours is None:
                 continue
-            step = timed.get(("keras_peft", name))
+            steps = [timed.get((library, name)) for library in LIBRARIES]
             print(
                 f"| {name} | {figure(task, ours)} | {figure(task, theirs)} "
                 f"| {ours[0]['rate']:g} | {ours[0]['parameters']:,} "
                 f"| {ours[0]['bytes'] / 1000:,.0f} "
-                f"| {'' if step is None else f'{step:.1f}'} "
+                f"| {milliseconds(steps[0])} | {milliseconds(steps[1])} "
                 f"| {'yes' if ours[0]['merges'] else 'no'} |"
             )
 
@@ -227,12 +248,16 @@ def figure(task, rows):
     return f"{-scores.mean():.3f} ± {scores.std():.3f}"
 
 
+def milliseconds(step):
+    return "" if step is None else f"{step:.1f}"
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("task", choices=("sentiment", "dialogue", "table"))
     parser.add_argument("--preset", default=None)
     parser.add_argument("--methods")
-    parser.add_argument("--libraries", default="keras_peft,peft")
+    parser.add_argument("--libraries", default=",".join(LIBRARIES))
     parser.add_argument(
         "--rates",
         type=lambda text: [float(rate) for rate in text.split(",")],
@@ -240,7 +265,6 @@ def main():
     )
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--timing", action="store_true")
     parser.add_argument("--results", type=Path, default=Path("methods.jsonl"))
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -251,9 +275,6 @@ def main():
         table(read(options.results))
     elif options.job:
         work(options, *options.job)
-    elif options.timing:
-        for job in jobs(options):
-            work(options, *job)
     else:
         spread(options)
 
