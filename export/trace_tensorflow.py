@@ -1,20 +1,28 @@
 """Keras model on the TensorFlow backend -> ONNX, with tf2onnx."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import keras
-import numpy as np
 
+from keras_peft.export import patches
 from keras_peft.export.signature import Signature
 
 OPSET = 18
 
 
-def trace(model: keras.Model, signature: Signature, path: Path) -> None:
-    """Writes the graph of `model` to `path`."""
+def trace(
+    model: keras.Model,
+    signature: Signature,
+    path: Path,
+    but: Collection[ModuleType] = (),
+) -> None:
+    """Writes the graph of `model` to `path`.
+
+    `but` names patches that stay away.
+    """
     import onnx
     import tensorflow as tf
     import tf2onnx
@@ -37,14 +45,14 @@ def trace(model: keras.Model, signature: Signature, path: Path) -> None:
         return tuple(tf.identity(output) for output in outputs)
 
     function = tf.function(flat, input_signature=specs, autograph=False)
-    with _without_xla():
+    with patches.applied("tensorflow", but):
         concrete = function.get_concrete_function()
-    proto, _ = tf2onnx.convert.from_function(
-        function,
-        input_signature=specs,
-        opset=OPSET,
-        custom_op_handlers={"Erfc": (_erfc, [])},
-    )
+        proto, _ = tf2onnx.convert.from_function(
+            function,
+            input_signature=specs,
+            opset=OPSET,
+            custom_op_handlers=patches.operators(but),
+        )
     _constants_from_captures(proto, concrete)
     onnx.save(
         proto,
@@ -52,52 +60,6 @@ def trace(model: keras.Model, signature: Signature, path: Path) -> None:
         save_as_external_data=True,
         location=path.name + ".data",
     )
-
-
-def _erfc(context: Any, node: Any, name: str, args: Any) -> None:
-    """`Erfc(x)` as `1 - Erf(x)`.
-
-    TensorFlow writes the exact GELU with it; tf2onnx would pass the unknown
-    operator through and the file would not load.
-    """
-    x = node.input[0]
-    output = node.output[0]
-    dtype = context.get_dtype(output)
-    shape = context.get_shape(output)
-    context.remove_node(node.name)
-    erf = context.make_node("Erf", [x], dtypes=[dtype], shapes=[shape])
-    one = context.make_const(f"{node.name}_one", np.array(1, "float32"))
-    context.make_node(
-        "Sub",
-        [one.output[0], erf.output[0]],
-        outputs=[output],
-        name=f"{node.name}_sub",
-        dtypes=[dtype],
-        shapes=[shape],
-    )
-
-
-@contextlib.contextmanager
-def _without_xla() -> Iterator[None]:
-    """Traces grouped convolutions in the open.
-
-    Keras compiles them with `jit_compile=True`, a call that tf2onnx cannot
-    look into.
-    """
-    import tensorflow as tf
-
-    real = tf.function
-
-    def traceable(function: Any = None, **options: Any) -> Any:
-        if options.get("jit_compile"):
-            return (lambda f: f) if function is None else function
-        return real(function, **options) if function else real(**options)
-
-    tf.function = traceable
-    try:
-        yield
-    finally:
-        tf.function = real
 
 
 def _constants_from_captures(proto: Any, concrete: Any) -> None:

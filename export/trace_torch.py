@@ -1,13 +1,16 @@
 """Keras model on the torch backend -> ONNX, with torch's dynamo exporter."""
 
 import contextlib
+from collections.abc import Collection
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_peft.export import patches
 from keras_peft.export.signature import Signature
 
 
@@ -16,8 +19,12 @@ def trace(
     signature: Signature,
     sample: dict[str, np.ndarray],
     path: Path,
+    but: Collection[ModuleType] = (),
 ) -> None:
-    """Writes the graph of `model`, traced on `sample`, to `path`."""
+    """Writes the graph of `model`, traced on `sample`, to `path`.
+
+    `but` names patches that stay away.
+    """
     import torch
 
     class Flat(torch.nn.Module):
@@ -44,7 +51,7 @@ def trace(
     )
     device = keras.src.backend.torch.core.get_device()
     tensors = tuple(torch.tensor(sample[n], device=device) for n in names)
-    with _frozen(model), _symbolic_integers(), torch.no_grad():
+    with _frozen(model), patches.applied("torch", but), torch.no_grad():
         program = torch.onnx.export(
             Flat(),
             tensors,
@@ -74,21 +81,3 @@ def _frozen(model: keras.Model) -> Iterator[None]:
     finally:
         for tensor in tensors:
             tensor.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _symbolic_integers() -> Iterator[None]:
-    """`ops.arange(length)` where the length is a symbol, as in T5.
-
-    Keras looks the type of a Python number up in a table that does not know
-    torch's symbolic integer.
-    """
-    import torch
-    from keras.src.backend.common import dtypes
-
-    table = dtypes.PYTHON_DTYPES_MAP
-    table[torch.SymInt] = "int32"
-    try:
-        yield
-    finally:
-        del table[torch.SymInt]

@@ -1,0 +1,1 @@
+"""Keras models as LiteRT files, for phones and small devices."""

@@ -1,0 +1,84 @@
+"""Keras model on the TensorFlow backend -> LiteRT file in float32."""
+
+import tempfile
+from collections.abc import Collection
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import keras
+
+from keras_peft.export import patches
+from keras_peft.export.signature import ModelInput
+from keras_peft.export.signature import Signature
+
+
+def trace(
+    model: keras.Model,
+    signature: Signature,
+    path: Path,
+    but: Collection[ModuleType] = (),
+) -> None:
+    """Writes the file that computes what a call of `model` does.
+
+    Inputs are called `input_<position>` and outputs `output_<position>`.
+    `but` names patches that stay away.
+    """
+    names = [i.name for i in signature.inputs]
+
+    def flat(*tensors: Any) -> list[Any]:
+        named = dict(zip(names, tensors, strict=True))
+        return keras.tree.flatten(signature.call(model, named))
+
+    with patches.applied("litert", but):
+        path.write_bytes(convert(model, {"run": (flat, signature.inputs)}))
+
+
+def convert(
+    model: keras.Model, functions: Mapping[str, tuple[Any, Any]]
+) -> bytes:
+    """One file with a signature for every `(function, inputs)`.
+
+    Only operators that every LiteRT runtime has are let in.
+    """
+    import tensorflow as tf
+
+    module = tf.Module()
+    # Variables that the module does not hold would come out empty.
+    module.variables_of_model = [v.value for v in model.variables]
+    signatures = {
+        name: _function(function, inputs)
+        for name, (function, inputs) in functions.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        tf.saved_model.save(module, folder, signatures=signatures)
+        converter = tf.lite.TFLiteConverter.from_saved_model(
+            folder, signature_keys=list(functions)
+        )
+        converter.target_spec.supported_ops = [
+            tf.lite.OpsSet.TFLITE_BUILTINS
+        ]
+        return converter.convert()
+
+
+def _function(function: Any, inputs: tuple[ModelInput, ...]) -> Any:
+    import tensorflow as tf
+
+    specs = [
+        tf.TensorSpec(
+            [None if isinstance(size, str) else size for size in i.shape],
+            i.dtype,
+            name=f"input_{position}",
+        )
+        for position, i in enumerate(inputs)
+    ]
+
+    def numbered(*tensors: Any) -> dict[str, Any]:
+        # An output that is an input, or given twice, needs a tensor of its own.
+        return {
+            f"output_{position}": tf.identity(output)
+            for position, output in enumerate(function(*tensors))
+        }
+
+    return tf.function(numbered, input_signature=specs, autograph=False)

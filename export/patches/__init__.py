@@ -1,0 +1,47 @@
+"""Mends of the libraries that trace, in force while they trace and no longer.
+
+One module mends one defect. Its docstring says which, and it has
+
+- `patched()`, a context manager that mends a library and puts everything back,
+  or
+- `OPERATORS`, handlers of operators that tf2onnx does not know:
+  `{name: (function, arguments)}`.
+
+A test shows of each one, on the smallest model that needs it, that the library
+alone still fails: a patch whose time is over is reported there.
+"""
+
+import contextlib
+from collections.abc import Collection
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from keras_peft.export.patches import erfc
+from keras_peft.export.patches import grouped_convolution
+from keras_peft.export.patches import symbolic_integer
+
+PATCHES: dict[str, tuple[ModuleType, ...]] = {
+    "tensorflow": (erfc, grouped_convolution),
+    "torch": (symbolic_integer,),
+}
+
+
+@contextlib.contextmanager
+def applied(tracer: str, but: Collection[ModuleType] = ()) -> Iterator[None]:
+    """Within, the libraries of a tracer are mended, `but` for some."""
+    with contextlib.ExitStack() as stack:
+        for patch in PATCHES[tracer]:
+            if patch not in but and hasattr(patch, "patched"):
+                stack.enter_context(patch.patched())
+        yield
+
+
+def operators(but: Collection[ModuleType] = ()) -> dict[str, Any]:
+    """Handlers for tf2onnx, `but` for those of some patches."""
+    return {
+        name: handler
+        for patch in PATCHES["tensorflow"]
+        if patch not in but
+        for name, handler in getattr(patch, "OPERATORS", {}).items()
+    }

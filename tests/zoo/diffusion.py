@@ -1,0 +1,5 @@
+"""Models that make images from noise."""
+
+from zoo.case import Case
+
+CASES: tuple[Case, ...] = ()

@@ -1,0 +1,5 @@
+"""Models of text with images or sound."""
+
+from zoo.case import Case
+
+CASES: tuple[Case, ...] = ()

@@ -1,0 +1,5 @@
+"""Encoder-decoders of text and of sound."""
+
+from zoo.case import Case
+
+CASES: tuple[Case, ...] = ()

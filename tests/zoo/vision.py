@@ -1,0 +1,5 @@
+"""Convolutional backbones, detectors and segmenters."""
+
+from zoo.case import Case
+
+CASES: tuple[Case, ...] = ()

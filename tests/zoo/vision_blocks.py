@@ -1,0 +1,5 @@
+"""Vision models of transformer blocks."""
+
+from zoo.case import Case
+
+CASES: tuple[Case, ...] = ()
