@@ -1,0 +1,111 @@
+"""Which linear layers belong to an attention, and which feed forward."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import keras
+
+from keras_peft import layer_tree
+from keras_peft.blocks import attention_paths
+from keras_peft.patterns import lies_in
+
+_LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
+
+
+class Roles:
+    """The parts of transformer blocks, among the layers of a model.
+
+    Args:
+        layers: `{path: layer}`.
+        mixers: Paths of the layers that stand in place of an attention.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, keras.Layer], mixers: Sequence[str] = ()
+    ):
+        self.layers = layers
+        self.attention = {
+            *attention_paths(layers),
+            *self._projections(),
+            *mixers,
+        }
+        self.matrices = [
+            path
+            for path, layer in layers.items()
+            if any(len(v.shape) > 1 for v in layer_tree.own_variables(layer))
+            and not self.attends(path)
+            and not self._conditions(path)
+        ]
+        self.blocks = {self._block_around(path) for path in self.attention}
+        self.blocks.discard(None)
+
+    def attends(self, path: str) -> bool:
+        """Whether a layer is part of an attention."""
+        return lies_in(path, self.attention)
+
+    def feeds_forward(self, path: str) -> bool:
+        """Whether a layer belongs to the feed-forward part of a block."""
+        inside = any(path.startswith(block + ".") for block in self.blocks)
+        return inside and not self.attends(path) and not self._conditions(path)
+
+    def _projections(self):
+        """Projections that no attention layer holds.
+
+        They are called so, or they lie beside an attention without weights.
+        """
+        bare = {
+            path.rpartition(".")[0]
+            for path, layer in self.layers.items()
+            if _is_bare(layer)
+        }
+        for path, layer in self.layers.items():
+            holder, _, name = path.rpartition(".")
+            if not isinstance(layer, _LINEAR):
+                continue
+            if {"attention", "attn"} & set(name.split("_")):
+                yield path
+            elif holder in bare and not _is_graph(self.layers.get(holder)):
+                yield path
+
+    def _conditions(self, path):
+        """Whether a layer computes scales and shifts from a condition."""
+        while path:
+            layer = self.layers.get(path)  # A list has a segment of its own.
+            if layer is not None:
+                name = layer_tree.base_class(layer).__name__.lower()
+                if "norm" in name or "modulation" in name:
+                    return True
+            path = path.rpartition(".")[0]
+        return False
+
+    def _block_around(self, path):
+        """The nearest layer around an attention that holds other matrices.
+
+        What stands further out may hold layers that are in no block: those
+        between two stages, or a head.
+        """
+        while "." in path:
+            path = path.rpartition(".")[0]
+            layer = self.layers.get(path)
+            if layer is None:
+                continue
+            if _is_graph(layer):
+                return None
+            if any(lies_in(matrix, [path]) for matrix in self.matrices):
+                return path
+        return None
+
+
+def _is_bare(layer):
+    """Whether a layer attends with what others project."""
+    name = layer_tree.base_class(layer).__name__.lower()
+    return "attention" in name and not layer.variables
+
+
+def _is_graph(layer):
+    """Whether a layer only joins others, as a functional model does.
+
+    `None` stands for the model itself, which is no block either.
+    """
+    joins = isinstance(layer, keras.Sequential) or hasattr(layer, "operations")
+    return layer is None or joins
