@@ -222,4 +222,5 @@ def compile_plainly(model, case):
     if case.labels is not None:
         model.compile(optimizer=optimizer)
         return
-    keras.Model.compile(model, optimizer=optimizer, loss="mse")
+    # The metrics of a task want its own kind of labels.
+    keras.Model.compile(model, optimizer=optimizer, loss="mse", metrics=[])

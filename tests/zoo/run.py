@@ -112,10 +112,9 @@ def spread(options):
         while job := next_job():
             backend = job[0]
             with worker(backend, options.columns) as process:
-                for _ in range(CASES_PER_PROCESS):
-                    if not ask(process, *job, options):
-                        break
-                    job = next_job(backend)
+                for left in reversed(range(CASES_PER_PROCESS)):
+                    alive = ask(process, *job, options)
+                    job = next_job(backend) if alive and left else None
                     if job is None:
                         break
 
