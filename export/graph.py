@@ -4,13 +4,10 @@ The process has a backend of its own too, so a model trained on JAX is traced
 by torch or TensorFlow; it receives the model as a `.keras` file.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
-import re
-import subprocess
-import sys
 import tempfile
 import warnings
 import zipfile
@@ -22,8 +19,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_peft.export import worker
 from keras_peft.export.signature import Signature
 from keras_peft.export.trace_child import trace_here
+from keras_peft.export.worker import TracingError
 
 if TYPE_CHECKING:
     import onnx
@@ -33,12 +32,6 @@ _TRACER_PACKAGES = {
     "torch": ("torch", "onnxscript"),
     "tensorflow": ("tensorflow", "tf2onnx"),
 }
-
-_LONGEST_MESSAGE = 800
-
-
-class TracingError(RuntimeError):
-    """A tracer could not turn the model into a graph."""
 
 
 def tracers_for(model: keras.Model) -> list[str]:
@@ -85,14 +78,32 @@ def trace(
     """
     import onnx
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with traced(model, signature, sample, tracer, "graph.onnx") as path:
+        return onnx.load(path)
+
+
+@contextlib.contextmanager
+def traced(
+    model: keras.Model,
+    signature: Signature,
+    sample: dict[str, np.ndarray],
+    tracer: str,
+    name: str,
+) -> Iterator[Path]:
+    """The file of a traced graph, for as long as the context lasts.
+
+    `name` is that of the file, and its ending says which format: `.onnx`, or
+    `.tflite`.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        path = folder / name
         if _modules_out_of_reach(model):
-            _trace_in_process(model, signature, sample, tracer, folder)
+            _trace_in_process(model, signature, sample, tracer, path)
         else:
-            _write_request(model, signature, sample, folder)
-            _run_child(folder, tracer)
-        return onnx.load(folder / "graph.onnx")
+            modules = _write_request(model, signature, sample, path)
+            worker.run(folder, tracer, keep=all(map(_is_installed, modules)))
+        yield path
 
 
 def _all_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
@@ -113,7 +124,7 @@ def _trace_in_process(
     signature: Signature,
     sample: dict[str, np.ndarray],
     tracer: str,
-    folder: Path,
+    path: Path,
 ) -> None:
     if keras.config.backend() != tracer:
         classes = sorted(set(_modules_out_of_reach(model)))
@@ -127,7 +138,7 @@ def _trace_in_process(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Tracers warn of themselves.
-            trace_here(model, signature, sample, folder / "graph.onnx")
+            trace_here(model, signature, sample, path)
     except Exception as error:
         raise TracingError(f"{type(error).__name__}: {error}") from error
 
@@ -136,14 +147,23 @@ def _write_request(
     model: keras.Model,
     signature: Signature,
     sample: dict[str, np.ndarray],
-    folder: Path,
-) -> None:
+    path: Path,
+) -> list[str]:
+    """Returns the modules that the request needs."""
+    folder = path.parent
     model.save(folder / "model.keras")
     arrays: dict[str, Any] = dict(sample)
     np.savez(folder / "sample.npz", **arrays)
     request = dataclasses.asdict(signature)
+    request["file"] = path.name
     request["modules"] = _modules(model, folder / "model.keras")
     (folder / "request.json").write_text(json.dumps(request))
+    return request["modules"]
+
+
+def _is_installed(module: str) -> bool:
+    """Whether a module is none that its user may be working on."""
+    return module.split(".")[0] in ("keras", "keras_hub", "keras_peft")
 
 
 def _modules(model: keras.Model, file: Path) -> list[str]:
@@ -158,37 +178,3 @@ def _modules(model: keras.Model, file: Path) -> list[str]:
         if f'"{name}"' in config:
             modules.add(value.__module__)
     return sorted(m for m in modules if not m.startswith("keras."))
-
-
-def _run_child(folder: Path, tracer: str) -> None:
-    environment = os.environ | {
-        "KERAS_BACKEND": tracer,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "CUDA_VISIBLE_DEVICES": "",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    command = [sys.executable, "-m", "keras_peft.export.trace_child"]
-    child = subprocess.run(
-        [*command, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    if child.returncode or not (folder / "graph.onnx").exists():
-        raise TracingError(_essence(child.stderr, child.returncode))
-
-
-def _essence(stderr: str, returncode: int) -> str:
-    """The last exception of a traceback, its frames and colors left out."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", stderr)
-    # torch's exporter puts its advice first and the cause in a summary.
-    summary = text.rpartition("## Exception summary")[2]
-    if summary != text:
-        return re.sub(r"\n\n+", "\n", summary.strip())[:_LONGEST_MESSAGE]
-    lines = [line for line in text.splitlines() if line.strip()]
-    frames = [n for n, line in enumerate(lines) if line.startswith("  File ")]
-    start = frames[-1] + 1 if frames else max(len(lines) - 10, 0)
-    tail = [line for line in lines[start:] if not line.startswith("    ")]
-    message = "\n".join(tail).strip()[:_LONGEST_MESSAGE]
-    return message or f"the process ended with exit code {returncode}"

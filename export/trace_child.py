@@ -1,12 +1,15 @@
 """The process a graph is traced in, with a Keras backend of its own.
 
-Run as `python -m keras_peft.export.trace_child FOLDER` by `graph.py`, which
-wrote the model and the request into the folder and waits for `graph.onnx`.
+Run as `python -m keras_peft.export.trace_child` by `worker.py`. A line of its
+input names a folder with a model and a request; a line of its output says that
+the graph is there, or `error.txt`.
 """
 
 import importlib
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +21,21 @@ if TYPE_CHECKING:
     from keras_peft.export.signature import Signature
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    """Traces in one folder after the other, as their names come in."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What libraries print is no reply.
+    for line in sys.stdin:
+        folder = Path(line.removesuffix("\n"))
+        try:
+            trace(folder)
+        except Exception:
+            text = traceback.format_exc()
+            (folder / "error.txt").write_text(text, encoding="utf-8")
+        print("done", file=replies, flush=True)
+
+
+def trace(folder: Path) -> None:
     """Traces the model in `folder` as its request says."""
     request = json.loads((folder / "request.json").read_text())
     for module in request["modules"]:
@@ -41,7 +58,9 @@ def main(folder: Path) -> None:
         request["by_keyword"],
     )
     with np.load(folder / "sample.npz") as sample:
-        trace_here(model, signature, dict(sample), folder / "graph.onnx")
+        trace_here(model, signature, dict(sample), folder / request["file"])
+    del model
+    keras.backend.clear_session()
 
 
 def trace_here(
@@ -50,10 +69,17 @@ def trace_here(
     sample: dict[str, np.ndarray],
     path: Path,
 ) -> None:
-    """Traces with whatever backend this process has."""
+    """Traces with whatever backend this process has.
+
+    The ending of `path` says which format it gets.
+    """
     import keras
 
-    if keras.config.backend() == "torch":
+    if path.suffix == ".tflite":
+        from keras_peft.export.litert import trace as trace_litert
+
+        trace_litert.trace(model, signature, path)
+    elif keras.config.backend() == "torch":
         from keras_peft.export import trace_torch
 
         trace_torch.trace(model, signature, sample, path)
@@ -64,4 +90,4 @@ def trace_here(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

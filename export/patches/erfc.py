@@ -27,4 +27,4 @@ def _convert(context: Any, node: Any, name: str, args: Any) -> None:
     )
 
 
-OPERATORS = {"Erfc": (_convert, [])}
+OPERATORS: dict[str, Any] = {"Erfc": (_convert, [])}
