@@ -38,6 +38,7 @@ def hold(case, columns):
     import keras
 
     from zoo.columns import COLUMNS
+    from zoo.columns import INSTEAD
     from zoo.columns import NEEDS
     from zoo.columns import Subject
     from zoo.columns import has_column
@@ -55,9 +56,13 @@ def hold(case, columns):
         )
         if not has_column(case, column):
             continue
+        run = COLUMNS[column]
         if unable:
+            row["unable"] = unable
+            run = INSTEAD.get(column)
+        if run is None:
             failed.add(column)
-            yield {**row, "unable": unable}
+            yield row
         elif NEEDS.get(column) in failed:
             failed.add(column)
             yield {**row, "error": f"needs {NEEDS[column]}"}
@@ -65,7 +70,7 @@ def hold(case, columns):
             start = time.monotonic()
             try:
                 subject = subject or Subject(case)
-                found = COLUMNS[column](subject)
+                found = run(subject)
                 row["found"] = found or ""
             except Exception as error:
                 failed.add(column)
