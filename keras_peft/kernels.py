@@ -252,6 +252,11 @@ class ConvKernel(DenseKernel):
         self.inputs = math.prod(self.taps)
         self.channels_last = layer.data_format == "channels_last"
 
+    @property
+    def window(self):
+        """How many taps each channel of the inputs has."""
+        return math.prod(self.layer.kernel_size)
+
     def down(self, inputs, a):
         a = ops.reshape(a, (*self.taps, -1))
         if self.layer.groups > 1:
@@ -363,6 +368,56 @@ class DepthwiseKernel(ConvKernel):
         )
 
 
+class SeparableKernel(ConvKernel):
+    """`SeparableConv1D/2D`: the pointwise kernel, which mixes the channels.
+
+    A row is one channel of what the depthwise kernel gives. That one stays: it
+    holds `taps / filters` times as many weights.
+    """
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.channels_last = layer.data_format == "channels_last"
+        *self.taps, self.outputs = layer.pointwise_kernel.shape
+        self.inputs = math.prod(self.taps)
+
+    @property
+    def variable(self):
+        return self.layer.pointwise_kernel
+
+    @property
+    def window(self):
+        return 1
+
+    @property
+    def rows_are_inputs(self):
+        return False
+
+    @property
+    def columns_share_inputs(self):
+        return True
+
+    def down(self, inputs, a):
+        hidden = self.product(inputs, ops.reshape(a, (*self.taps, -1)))
+        return hidden if self.channels_last else ops.moveaxis(hidden, 1, -1)
+
+    def up(self, hidden, b):
+        outputs = ops.matmul(hidden, b)
+        return outputs if self.channels_last else ops.moveaxis(outputs, -1, 1)
+
+    def product(self, inputs, kernel):
+        layer = self.layer
+        return ops.separable_conv(
+            inputs,
+            ops.cast(layer.depthwise_kernel, inputs.dtype),
+            kernel,
+            strides=layer.strides,
+            padding=layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+
+
 class EmbeddingKernel(DenseKernel):
     """`Embedding`: row `i` of the matrix is the vector of token `i`."""
 
@@ -399,6 +454,8 @@ _KERNELS = (
     (keras.layers.Conv3D, ConvKernel),
     (keras.layers.DepthwiseConv1D, DepthwiseKernel),
     (keras.layers.DepthwiseConv2D, DepthwiseKernel),
+    (keras.layers.SeparableConv1D, SeparableKernel),
+    (keras.layers.SeparableConv2D, SeparableKernel),
     (keras.layers.ReversibleEmbedding, ReversibleEmbeddingKernel),
     (keras.layers.Embedding, EmbeddingKernel),
 )

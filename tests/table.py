@@ -242,8 +242,15 @@ def adalora(kernel, settings, adalora_p, adalora_e, adalora_q, adalora_mask):
 
 EMBEDDINGS = ("embedding", "reversible")
 NO_BIAS = ("dense-gelu", "einsum-gemma", "einsum-ellipsis", *EMBEDDINGS)
-# Kernels of which several rows belong to one channel of the inputs.
-TAPS = ("conv1d", "conv2d-strided", "conv2d-groups", "conv3d", "depthwise")
+# Kernels of which the rows are taps, or channels inside the layer.
+TAPS = (
+    "conv1d",
+    "conv2d-strided",
+    "conv2d-groups",
+    "conv3d",
+    "depthwise",
+    "separable",
+)
 # Of which outputs see different inputs.
 GROUPED = ("conv2d-groups", "depthwise")
 # Of which the rows do not fall into blocks of four, `SMALL` beside.
@@ -467,7 +474,7 @@ METHODS = {
         lambda: keras_peft.TokenTuning([7, 0, 3]),
         parameters=lambda i, o: 3 * o,
         merged=tokens,
-        refuses=("dense", "einsum", "conv", "depthwise"),
+        refuses=("dense", "einsum", "conv", "depthwise", "separable"),
         models=("bert-classifier", "gpt2", "subclassed"),
         slice=True,
     ),
@@ -683,6 +690,16 @@ LAYERS = {
         lambda kernel: kernel.reshape(9, 4),
         slice=True,
         taps=9,
+    ),
+    "separable1d": Layer(
+        lambda: k.SeparableConv1D(12, 3, depth_multiplier=6, padding="same"),
+        (2, 8, 4),
+        _flat,
+    ),
+    "separable2d": Layer(
+        lambda: k.SeparableConv2D(12, 3, strides=2, activation="relu"),
+        (2, 5, 5, 24),
+        _flat,
     ),
 }
 

@@ -85,7 +85,7 @@ class IA3(Method):
         if not self.scales_inputs(path):
             return kernel.bias_objection()
         if not kernel.rows_are_inputs:
-            return "several rows of its kernel share one input channel"
+            return "the rows of its kernel are not the channels of its inputs"
         return None
 
     def shapes(self, path, layer):

@@ -107,7 +107,7 @@ class _Split:
 
     def __init__(self, kernel, factor):
         is_conv = isinstance(kernel, ConvKernel)
-        self.taps = math.prod(kernel.layer.kernel_size) if is_conv else 1
+        self.taps = kernel.window if is_conv else 1
         inputs = _two_factors(kernel.inputs // self.taps, factor)
         outputs = _two_factors(kernel.outputs, factor)
         self.first, self.second = zip(inputs, outputs, strict=True)
