@@ -13,6 +13,7 @@ from keras_peft.export import measure
 from keras_peft.export import samples
 from keras_peft.export.report import ExportReport
 from keras_peft.export.report import Step
+from keras_peft.export.result import Forward
 from keras_peft.export.result import Verification
 from keras_peft.export.signature import Signature
 from keras_peft.export.signature import read_signature
@@ -79,7 +80,7 @@ def assess(
     return _add_accuracy(report, forms, evaluation, labels)
 
 
-def _keras_form(model: keras.Model, signature: Signature) -> measure.Forward:
+def _keras_form(model: keras.Model, signature: Signature) -> Forward:
     def forward(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         outputs = keras.tree.flatten(signature.call(model, dict(batch)))
         return [keras.ops.convert_to_numpy(output) for output in outputs]
@@ -123,7 +124,7 @@ def _in_words(batch: Mapping[str, np.ndarray], num_forms: int) -> str:
 
 def _add_accuracy(
     report: ExportReport,
-    forms: Mapping[str, measure.Forward],
+    forms: Mapping[str, Forward],
     evaluation: Evaluation,
     labels: Sequence[str] | None,
 ) -> ExportReport:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_peft.export.measure import ROWS_PER_RUN
-from keras_peft.export.measure import Forward
+from keras_peft.export.result import Forward
 from keras_peft.export.result import TensorSpec
 from keras_peft.export.text import TextPreprocessing
 from keras_peft.export.text import encode_with_keras

@@ -9,17 +9,18 @@ import keras
 from keras_peft.export import comparison
 from keras_peft.export import graph as tracing
 from keras_peft.export.checks import Checks
+from keras_peft.export.checks import check_exportable
+from keras_peft.export.checks import enforce
 from keras_peft.export.checks import prepare_checks
+from keras_peft.export.output_names import output_names
 from keras_peft.export.result import FloatWeight
 from keras_peft.export.result import OnnxResult
 from keras_peft.export.result import Verification
-from keras_peft.export.single_precision import as_float32
-from keras_peft.export.single_precision import computes_in_less
+from keras_peft.export.single_precision import in_float32
 
 if TYPE_CHECKING:
     import onnx
 
-_STEPS = (None, "float16", "int8")
 _PACKAGES = ("onnx", "onnxruntime", "onnx_ir")
 
 
@@ -51,14 +52,8 @@ def build_onnx(
         ImportError: If a package of the extra `export` is missing.
         TracingError: If no tracer gives a graph that equals the model.
     """
-    _check(model, quantize)
-    notes = []
-    if computes_in_less(model):
-        model = as_float32(model)
-        notes.append(
-            "Layers that compute in float16 or bfloat16 were exported, and "
-            "checked, in float32."
-        )
+    check_exportable(model, quantize, "export", _PACKAGES)
+    model, notes = in_float32(model)
     checks = prepare_checks(model, calibration)
     float_model, tracer, failures, float_check = _float_graph(
         checks, tolerance if quantize is None else None
@@ -66,8 +61,8 @@ def build_onnx(
     final, left_float = _quantized(checks, float_model, quantize)
     steps = [float_check]
     if quantize is not None:
-        steps.append(checks.compare(final, quantize, tolerance))
-        _enforce(steps[-1])
+        steps.append(_compare(checks, final, quantize, tolerance))
+        enforce(steps[-1])
     inputs, outputs = _interface(float_model)
     return OnnxResult(
         model=final,
@@ -82,34 +77,6 @@ def build_onnx(
         sizes={"float32": float_model.ByteSize()}
         | ({quantize: final.ByteSize()} if quantize else {}),
     )
-
-
-def _check(model: keras.Model, quantize: str | None) -> None:
-    import importlib.util
-
-    if quantize not in _STEPS:
-        raise ValueError(
-            "`quantize` names the numbers the file stores: None for float32, "
-            f"'float16' or 'int8'. Received: quantize={quantize!r}"
-        )
-    missing = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
-    if missing:
-        raise ImportError(
-            "Exporting needs packages that are not installed; get them with "
-            f"`pip install keras-peft[export]`. Received: no {missing}"
-        )
-    quantized = [
-        layer.path
-        for layer in model._flatten_layers()
-        if getattr(layer, "quantization_mode", None)
-    ]
-    if quantized:
-        raise ValueError(
-            "Weights that Keras quantized would come back in float, or in a "
-            "file that does not run. Export the float model and quantize "
-            "the graph with `quantize='int8'`. Received: quantized layers "
-            f"{quantized[:5]}{'...' if len(quantized) > 5 else ''}"
-        )
 
 
 def _float_graph(
@@ -129,8 +96,8 @@ def _float_graph(
         try:
             graph = _traced(checks, tracer)
             bound = tolerance or comparison.rounding_bound(graph)
-            check = checks.compare(graph, "float32", bound)
-            _enforce(check)
+            check = _compare(checks, graph, "float32", bound)
+            enforce(check)
         except Exception as error:
             notes.append(f"The {tracer} tracer failed: {error}")
         else:
@@ -151,9 +118,7 @@ def _traced(checks: Checks, tracer: str) -> "onnx.ModelProto":
     model, signature = checks.model, checks.signature
     proto = tracing.trace(model, signature, checks.sample, tracer)
     graph = ir.from_proto(proto)
-    outputs = names.output_names(
-        model, signature.call(model, checks.batches[0])
-    )
+    outputs = output_names(model, signature.call(model, checks.batches[0]))
     names.name_interface(graph, signature, outputs)
     variables = {
         variable.path: keras.ops.convert_to_numpy(variable)
@@ -194,15 +159,13 @@ def _quantized(
     return _to_proto(model), left_float
 
 
-def _enforce(check: Verification) -> None:
-    if check.tolerance is None or check.relative <= check.tolerance:
-        return
-    raise ValueError(
-        f"The {check.step} graph differs from the model by more than the "
-        f"tolerance of {check.tolerance:.2g}; it was discarded. Give a larger "
-        "`tolerance` if the difference is acceptable. Received: relative "
-        f"difference {check.relative:.3g}, cosine {check.cosine:.5f}"
-    )
+def _compare(
+    checks: Checks,
+    graph: "onnx.ModelProto",
+    step: str,
+    tolerance: float | None,
+) -> Verification:
+    return checks.compare(comparison.forward(graph), step, tolerance)
 
 
 def _interface(graph: "onnx.ModelProto") -> tuple[Any, Any]:

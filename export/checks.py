@@ -1,7 +1,8 @@
 """A model beside the inputs it is traced and checked on."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -9,13 +10,13 @@ import numpy as np
 
 from keras_peft.export import comparison
 from keras_peft.export import samples
+from keras_peft.export.result import Forward
 from keras_peft.export.result import Verification
 from keras_peft.export.signature import Signature
 from keras_peft.export.signature import fix_constant_axes
 from keras_peft.export.signature import read_signature
 
-if TYPE_CHECKING:
-    import onnx
+_STEPS = (None, "float16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,49 @@ class Checks:
     references: list[list[np.ndarray]]
 
     def compare(
-        self, graph: "onnx.ModelProto", step: str, tolerance: float | None
+        self, forward: Forward, step: str, tolerance: float | None
     ) -> Verification:
-        """Runs the graph on the same batches."""
+        """Runs a file on the same batches."""
         return comparison.compare(
-            graph, self.batches, self.references, step, tolerance
+            forward, self.batches, self.references, step, tolerance
+        )
+
+
+def check_exportable(
+    model: keras.Model,
+    quantize: str | None,
+    extra: str,
+    packages: Sequence[str],
+) -> None:
+    """Finds what speaks against an export before any work is done.
+
+    Raises:
+        ValueError: If `quantize` is unknown, or Keras quantized the model.
+        ImportError: If one of the `packages`, which `extra` brings, is
+            missing.
+    """
+    if quantize not in _STEPS:
+        raise ValueError(
+            "`quantize` names the numbers the file stores: None for float32, "
+            f"'float16' or 'int8'. Received: quantize={quantize!r}"
+        )
+    missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    if missing:
+        raise ImportError(
+            "Exporting needs packages that are not installed; get them with "
+            f"`pip install keras-peft[{extra}]`. Received: no {missing}"
+        )
+    quantized = [
+        layer.path
+        for layer in model._flatten_layers()
+        if getattr(layer, "quantization_mode", None)
+    ]
+    if quantized:
+        raise ValueError(
+            "Weights that Keras quantized would come back in float, or in a "
+            "file that does not run. Export the float model and quantize "
+            "the graph with `quantize='int8'`. Received: quantized layers "
+            f"{quantized[:5]}{'...' if len(quantized) > 5 else ''}"
         )
 
 
@@ -71,6 +110,18 @@ def prepare_checks(model: keras.Model, calibration: Any) -> Checks:
     signature = fix_constant_axes(signature, given)
     references = [_outputs(model, signature, batch) for batch in given[1:]]
     return Checks(model, signature, given[0], given[1:], given[0], references)
+
+
+def enforce(check: Verification) -> None:
+    """Raises where a file is further from the model than it may be."""
+    if check.tolerance is None or check.relative <= check.tolerance:
+        return
+    raise ValueError(
+        f"The {check.step} file differs from the model by more than the "
+        f"tolerance of {check.tolerance:.2g}; it was discarded. Give a larger "
+        "`tolerance` if the difference is acceptable. Received: relative "
+        f"difference {check.relative:.3g}, cosine {check.cosine:.5f}"
+    )
 
 
 def _made_up(

@@ -1,6 +1,7 @@
 """Runs a graph in ONNX Runtime and compares it with the Keras model."""
 
 import math
+from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_peft.export.result import Forward
 from keras_peft.export.result import Verification
 from keras_peft.export.samples import Batch
 from keras_peft.export.signature import Signature
@@ -34,12 +36,14 @@ def run_graph(
     graph: "onnx.ModelProto", batches: Sequence[Batch]
 ) -> list[list[np.ndarray]]:
     """What ONNX Runtime gives for every batch."""
+    return [*map(forward(graph), batches)]
+
+
+def forward(graph: "onnx.ModelProto") -> Forward:
+    """The graph as a function, on all cores."""
     session = open_session(graph)
     wanted = [value.name for value in session.get_inputs()]
-    return [
-        session.run(None, {name: batch[name] for name in wanted})
-        for batch in batches
-    ]
+    return lambda batch: session.run(None, {n: batch[n] for n in wanted})
 
 
 def open_session(graph: "onnx.ModelProto") -> Any:
@@ -54,19 +58,17 @@ def open_session(graph: "onnx.ModelProto") -> Any:
 
 
 def compare(
-    graph: "onnx.ModelProto",
+    forward: Forward,
     batches: Sequence[Batch],
     references: Sequence[Sequence[np.ndarray]],
     step: str,
     tolerance: float | None = None,
 ) -> Verification:
-    """Measures the graph against reference outputs of the same batches."""
+    """Measures a file against reference outputs of the same batches."""
     pairs = [
         pair
-        for outputs, reference in zip(
-            run_graph(graph, batches), references, strict=True
-        )
-        for pair in zip(outputs, reference, strict=True)
+        for batch, reference in zip(batches, references, strict=True)
+        for pair in zip(forward(batch), reference, strict=True)
     ]
     for output, reference in pairs:
         if output.shape != reference.shape:
@@ -89,21 +91,30 @@ def compare(
 
 
 def rounding_bound(graph: "onnx.ModelProto") -> float:
-    """How far two correct float32 evaluations of a graph may be apart.
+    """How far two correct float32 evaluations of a graph may be apart."""
+    sizes = {i.name: tuple(i.dims) for i in graph.graph.initializer}
+    return rounding_of(
+        [sizes[name] for name in node.input if name in sizes]
+        for node in graph.graph.node
+        if node.op_type in ("MatMul", "Gemm", "Einsum", "Conv", "LSTM", "Loop")
+    )
+
+
+def rounding_of(products: Iterable[Sequence[tuple[int, ...]]]) -> float:
+    """How far apart rounding can bring two evaluations of some products.
 
     A sum of K products is rounded K times, in another order by every
     runtime: the error grows like the square root of K. Errors of successive
     layers add up in the worst case.
+
+    Args:
+        products: Shapes of the constants that each operator reads; the
+            longest axis is that of the outputs.
     """
-    sizes = {i.name: tuple(i.dims) for i in graph.graph.initializer}
     steps = 1.0
-    for node in graph.graph.node:
-        if node.op_type in ("MatMul", "Gemm", "Einsum", "Conv", "LSTM", "Loop"):
-            shapes = [sizes[name] for name in node.input if name in sizes]
-            terms = max(
-                (math.prod(s) // max(s) for s in shapes if s), default=64
-            )
-            steps += math.sqrt(max(terms, 64))
+    for shapes in products:
+        terms = max((math.prod(s) // max(s) for s in shapes if s), default=64)
+        steps += math.sqrt(max(terms, 64))
     return _ROUNDING * steps
 
 

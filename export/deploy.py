@@ -21,6 +21,7 @@ from keras_peft.export.batches import padding_is_free
 from keras_peft.export.batches import read_rows
 from keras_peft.export.build import build_onnx
 from keras_peft.export.comparison import compare
+from keras_peft.export.comparison import forward
 from keras_peft.export.comparison import reference_outputs
 from keras_peft.export.comparison import rounding_bound
 from keras_peft.export.folder import MODEL
@@ -107,7 +108,7 @@ def verify(
     graph = onnx.load(folder / MODEL)
     references = [reference_outputs(model, signature, b) for b in batches]
     step = manifest["quantization"] or "float32"
-    check = compare(graph, batches, references, step)
+    check = compare(forward(graph), batches, references, step)
     recorded = json.loads((folder / "report.json").read_text("utf-8"))
     _compare_with_export(check, recorded["steps"][-1], rounding_bound(graph))
     return assess(model, {step: graph}, [check])

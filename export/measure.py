@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,12 +11,10 @@ import numpy as np
 
 from keras_peft.export.report import WeightError
 from keras_peft.export.report import WorstSample
+from keras_peft.export.result import Forward
 
 if TYPE_CHECKING:
     import onnx
-
-# What a form of the model gives for a batch: its outputs, in order.
-Forward = Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]]
 
 ROWS_PER_RUN = 32
 NUM_WORST = 8

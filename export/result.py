@@ -1,11 +1,19 @@
 """What an export returns: the graph, and everything measured about it."""
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from typing import Any
 
 if TYPE_CHECKING:
     import onnx
+
+    from keras_peft.export.litert.file import LiteRtFile
+
+# What a form of the model gives for a batch: its outputs, in order.
+Forward = Callable[[Mapping[str, Any]], Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +34,7 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """How far a graph, run by ONNX Runtime, is from the Keras model.
+    """How far a file, run by its runtime, is from the Keras model.
 
     Attributes:
         step: The file that was run: `"float32"`, `"float16"` or `"int8"`.
@@ -59,28 +67,28 @@ class FloatWeight:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnnxResult:
-    """An exported, optimized and checked graph, still in memory.
+class Result:
+    """An exported, optimized and checked model, still in memory.
 
     Attributes:
-        model: The graph as asked for: quantized where `quantize` was given.
-        float_model: The float32 graph it was made from; the same object as
+        model: The file as asked for: quantized where `quantize` was given.
+        float_model: The float32 file it was made from; the same object as
             `model` without `quantize`.
         quantize: `None`, `"float16"` or `"int8"`.
-        inputs: The inputs, in the order of the graph.
-        outputs: The outputs, in the order of the graph.
+        inputs: The inputs, in the order of the file.
+        outputs: The outputs, in the order of the file.
         tracer: What made the graph: `"torch"` or `"tensorflow"`.
         notes: Sentences a user should read, such as why another tracer than
             the preferred one was taken.
         verification: One entry per step, float32 first.
-        weights_left_float: Weights of a quantized graph that stay in
+        weights_left_float: Weights of a quantized file that stay in
             floating point; empty without `quantize`.
         sizes: Bytes of the file per step, such as
             `{"float32": 90_900_000, "int8": 22_800_000}`.
     """
 
-    model: "onnx.ModelProto"
-    float_model: "onnx.ModelProto"
+    model: Any
+    float_model: Any
     quantize: str | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -89,3 +97,19 @@ class OnnxResult:
     verification: tuple[Verification, ...]
     weights_left_float: tuple[FloatWeight, ...]
     sizes: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxResult(Result):
+    """A `Result` whose files are ONNX graphs."""
+
+    model: "onnx.ModelProto"
+    float_model: "onnx.ModelProto"
+
+
+@dataclasses.dataclass(frozen=True)
+class LiteRtResult(Result):
+    """A `Result` whose files are LiteRT files."""
+
+    model: "LiteRtFile"
+    float_model: "LiteRtFile"

@@ -10,6 +10,16 @@ import keras
 _LESS = re.compile(r'"(?:mixed_)?b?float16"')
 
 
+def in_float32(model: keras.Model) -> tuple[keras.Model, list[str]]:
+    """The model to export, and what a user should know about it."""
+    if not computes_in_less(model):
+        return model, []
+    return as_float32(model), [
+        "Layers that compute in float16 or bfloat16 were exported, and "
+        "checked, in float32."
+    ]
+
+
 def computes_in_less(model: keras.Model) -> bool:
     """Whether a layer computes or stores in bfloat16 or float16."""
     return any(

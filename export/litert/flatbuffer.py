@@ -1,6 +1,7 @@
 """A LiteRT file as objects that can be changed, and back."""
 
 import hashlib
+from collections import defaultdict
 from typing import Any
 
 import flatbuffers
@@ -21,13 +22,15 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class _Builder(flatbuffers.Builder):
-    """A builder that aligns arrays, which the original does for C++ only."""
+    """A builder that aligns weights, which the original does in C++ only."""
 
     def CreateNumpyVector(self, array: np.ndarray) -> int:  # noqa: N802
-        data = np.ascontiguousarray(array).view("uint8")
-        self.StartVector(1, data.size, _ALIGNMENT)
-        self.head = int(self.Head() - data.size)
-        self.Bytes[self.Head() : self.Head() + data.size] = data.tobytes()
+        if array.dtype != np.uint8:
+            return super().CreateNumpyVector(array)
+        self.StartVector(1, array.size, _ALIGNMENT)
+        self.head = self.Head() - array.size
+        self.Bytes[self.Head() : self.Head() + array.size] = array.tobytes()
+        self.vectorNumElems = array.size
         return self.EndVector()
 
 
@@ -51,58 +54,89 @@ def write(model: Any) -> bytes:
     return bytes(builder.Output())
 
 
-def array(model: Any, tensor: Any) -> np.ndarray | None:
-    """The constant in `tensor`, or `None` where it is computed."""
-    data = model.buffers[tensor.buffer].data
-    if data is None or not len(data) or tensor.type not in _DTYPES:
-        return None
-    shape = [] if tensor.shape is None else tensor.shape
-    return data.view(_DTYPES[tensor.type]).reshape(shape)
+class Graph:
+    """One of the graphs of a file, to be read and changed in place.
+
+    Tensors go by their positions, which never change.
+    """
+
+    def __init__(self, model: Any, graph: Any) -> None:
+        self.model = model
+        self.tensors = graph.tensors
+        self.nodes = graph.operators
+
+    def kind(self, node: Any) -> str:
+        """What an operator is called, such as `"FULLY_CONNECTED"`."""
+        return _NAMES[_code(self.model.operatorCodes[node.opcodeIndex])]
+
+    def name(self, index: int) -> str:
+        """The name of a tensor."""
+        name = self.tensors[index].name
+        return name.decode() if isinstance(name, bytes) else name
+
+    def uses(self) -> dict[int, list[tuple[Any, int]]]:
+        """Where each tensor is read: operators, and positions there."""
+        uses: dict[int, list[tuple[Any, int]]] = defaultdict(list)
+        for node in self.nodes:
+            for position, index in enumerate(node.inputs):
+                uses[index].append((node, position))
+        return uses
+
+    def array(self, index: int) -> np.ndarray | None:
+        """The constant in a tensor, or `None` where it is computed."""
+        tensor = self.tensors[index]
+        data = self.model.buffers[tensor.buffer].data
+        if data is None or not data.size or tensor.type not in _DTYPES:
+            return None
+        shape = [] if tensor.shape is None else tensor.shape
+        return data.view(_DTYPES[tensor.type]).reshape(shape)
+
+    def set_array(self, index: int, content: np.ndarray) -> None:
+        """Puts a constant into a tensor, in a buffer of its own."""
+        data = np.ascontiguousarray(content).reshape(-1).view("uint8")
+        self.model.buffers.append(schema.BufferT(data=data))
+        tensor = self.tensors[index]
+        tensor.buffer = len(self.model.buffers) - 1
+        tensor.type = _CODES[content.dtype]
+        tensor.shape = np.array(content.shape, "int32")
+        tensor.shapeSignature = None
+
+    def constant(self, name: str, content: np.ndarray) -> int:
+        """A new tensor with a constant."""
+        self.tensors.append(schema.TensorT(name=name))
+        self.set_array(len(self.tensors) - 1, content)
+        return len(self.tensors) - 1
+
+    def computed(
+        self, name: str, dtype: str, like: int, width: int | None = None
+    ) -> int:
+        """A new tensor in the shape of another, of some last size."""
+        tensor = schema.TensorT(name=name, type=_CODES[np.dtype(dtype)])
+        for field in ("shape", "shapeSignature"):
+            shape = getattr(self.tensors[like], field)
+            if shape is not None and width is not None:
+                shape = np.array([*shape[:-1], width], "int32")
+            setattr(tensor, field, shape)
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    def operator(
+        self, kind: str, inputs: list[int], output: int, options: Any = None
+    ) -> Any:
+        """A new operator, not yet among the others."""
+        made = schema.OperatorT(opcodeIndex=_code_index(self.model, kind))
+        made.inputs = np.array(inputs, "int32")
+        made.outputs = np.array([output], "int32")
+        if options is not None:
+            name = type(options).__name__.removesuffix("T")
+            made.builtinOptionsType = getattr(schema.BuiltinOptions, name)
+            made.builtinOptions = options
+        return made
 
 
-def set_array(model: Any, tensor: Any, content: np.ndarray) -> None:
-    """Puts a constant into `tensor`, in a buffer of its own."""
-    buffer = schema.BufferT()
-    buffer.data = np.ascontiguousarray(content).reshape(-1).view("uint8")
-    model.buffers.append(buffer)
-    tensor.buffer = len(model.buffers) - 1
-    tensor.type = _CODES[content.dtype]
-    tensor.shape = np.array(content.shape, "int32")
-    tensor.shapeSignature = None
-
-
-def constant(model: Any, graph: Any, name: str, content: np.ndarray) -> int:
-    """The position of a new constant in `graph`."""
-    tensor = schema.TensorT(name=name)
-    set_array(model, tensor, content)
-    graph.tensors.append(tensor)
-    return len(graph.tensors) - 1
-
-
-def computed(graph: Any, like: Any, name: str, dtype: str) -> int:
-    """The position of a new tensor of the shape of `like`."""
-    tensor = schema.TensorT(name=name)
-    tensor.shape, tensor.shapeSignature = like.shape, like.shapeSignature
-    tensor.type = _CODES[np.dtype(dtype)]
-    tensor.buffer = 0  # The first buffer is the empty one.
-    graph.tensors.append(tensor)
-    return len(graph.tensors) - 1
-
-
-def operator(
-    model: Any, name: str, inputs: list[int], outputs: list[int]
-) -> Any:
-    """A new operator without options."""
-    made = schema.OperatorT()
-    made.opcodeIndex = _code_index(model, name)
-    made.inputs = np.array(inputs, "int32")
-    made.outputs = np.array(outputs, "int32")
-    return made
-
-
-def kind(model: Any, node: Any) -> str:
-    """What an operator is called, such as `"FULLY_CONNECTED"`."""
-    return _NAMES[_code(model.operatorCodes[node.opcodeIndex])]
+def graphs(model: Any) -> list[Graph]:
+    """The graphs of a file: one per signature, and bodies of loops."""
+    return [Graph(model, graph) for graph in model.subgraphs]
 
 
 _NAMES = {
@@ -117,16 +151,15 @@ def _code(entry: Any) -> int:
     return max(entry.builtinCode, entry.deprecatedBuiltinCode)
 
 
-def _code_index(model: Any, name: str) -> int:
-    wanted = getattr(schema.BuiltinOperator, name)
+def _code_index(model: Any, kind: str) -> int:
+    wanted = getattr(schema.BuiltinOperator, kind)
     for index, entry in enumerate(model.operatorCodes):
         if _code(entry) == wanted:
             return index
-    entry = schema.OperatorCodeT()
-    entry.builtinCode = wanted
-    entry.deprecatedBuiltinCode = min(wanted, 127)
-    entry.version = 1
-    model.operatorCodes.append(entry)
+    code = schema.OperatorCodeT(
+        deprecatedBuiltinCode=min(wanted, 127), builtinCode=wanted, version=1
+    )
+    model.operatorCodes.append(code)
     return len(model.operatorCodes) - 1
 
 

@@ -13,6 +13,9 @@ from keras_peft.export import patches
 from keras_peft.export.signature import ModelInput
 from keras_peft.export.signature import Signature
 
+# The only signature of a file, which runtimes look for by this name.
+SIGNATURE = "serving_default"
+
 
 def trace(
     model: keras.Model,
@@ -32,7 +35,7 @@ def trace(
         return keras.tree.flatten(signature.call(model, named))
 
     with patches.applied("litert", but):
-        path.write_bytes(convert(model, {"run": (flat, signature.inputs)}))
+        path.write_bytes(convert(model, {SIGNATURE: (flat, signature.inputs)}))
 
 
 def convert(
@@ -56,9 +59,7 @@ def convert(
         converter = tf.lite.TFLiteConverter.from_saved_model(
             folder, signature_keys=list(functions)
         )
-        converter.target_spec.supported_ops = [
-            tf.lite.OpsSet.TFLITE_BUILTINS
-        ]
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         return converter.convert()
 
 

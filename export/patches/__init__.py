@@ -19,9 +19,11 @@ from typing import Any
 
 from keras_peft.export.patches import erfc
 from keras_peft.export.patches import grouped_convolution
+from keras_peft.export.patches import new_axis
 from keras_peft.export.patches import symbolic_integer
 
 PATCHES: dict[str, tuple[ModuleType, ...]] = {
+    "litert": (new_axis, grouped_convolution),
     "tensorflow": (erfc, grouped_convolution),
     "torch": (symbolic_integer,),
 }

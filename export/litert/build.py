@@ -1,0 +1,150 @@
+"""From a Keras model to a checked LiteRT file in memory."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_peft.export import graph as tracing
+from keras_peft.export.checks import Checks
+from keras_peft.export.checks import check_exportable
+from keras_peft.export.checks import enforce
+from keras_peft.export.checks import prepare_checks
+from keras_peft.export.output_names import output_names
+from keras_peft.export.result import FloatWeight
+from keras_peft.export.result import LiteRtResult
+from keras_peft.export.result import TensorSpec
+from keras_peft.export.single_precision import in_float32
+
+_PACKAGES = ("ai_edge_litert", "tensorflow")
+
+
+def build_litert(
+    model: keras.Model,
+    quantize: str | None = None,
+    calibration: Any | Sequence[Any] | None = None,
+    tolerance: float | None = None,
+) -> LiteRtResult:
+    """Converts, quantizes and checks `model`; writes nothing.
+
+    Args:
+        model: A built Keras model, on any backend. Adapters on it become
+            part of the file.
+        quantize: `None` for float32, `"float16"`, or `"int8"`.
+        calibration: Real inputs to check with: one batch or a sequence of
+            batches. A batch is an array, or a dictionary of arrays by input
+            name. Inputs are made from the model's input specs by default.
+        tolerance: Largest accepted difference of the final file, relative to
+            the largest magnitude of each output. By default a float32 file
+            must meet a bound derived from rounding, and a quantized file is
+            measured and reported only.
+
+    Returns:
+        A `LiteRtResult`.
+
+    Raises:
+        ValueError: If an argument or the model is not exportable, or the
+            file computes something else than the model.
+        ImportError: If a package of the extra `litert` is missing.
+        TracingError: If the converter does not take the model.
+    """
+    check_exportable(model, quantize, "litert", _PACKAGES)
+    from keras_peft.export.litert.file import LiteRtFile
+
+    model, notes = in_float32(model)
+    checks = prepare_checks(model, calibration)
+    exact = LiteRtFile(_converted(checks))
+    bound = exact.rounding_bound()
+    if quantize is None and tolerance is not None:
+        bound = tolerance
+    steps = [checks.compare(exact.runner(), "float32", bound)]
+    enforce(steps[0])
+    final, left_float = exact, ()
+    if quantize is not None:
+        content, left_float = _quantized(exact.content, quantize)
+        final = LiteRtFile(content)
+        steps.append(checks.compare(final.runner(), quantize, tolerance))
+        enforce(steps[1])
+    return LiteRtResult(
+        model=final,
+        float_model=exact,
+        quantize=quantize,
+        inputs=_inputs(checks),
+        outputs=_outputs(checks, exact.output_names()),
+        tracer="tensorflow",
+        notes=tuple(notes),
+        verification=tuple(steps),
+        weights_left_float=left_float,
+        sizes={
+            step.step: file.num_bytes
+            for step, file in zip(steps, (exact, final), strict=False)
+        },
+    )
+
+
+def _converted(checks: Checks) -> bytes:
+    from keras_peft.export.litert import file
+    from keras_peft.export.litert import flatbuffer
+
+    model, signature = checks.model, checks.signature
+    with tracing.traced(
+        model, signature, checks.sample, "tensorflow", "model.tflite"
+    ) as path:
+        tree = flatbuffer.read(path.read_bytes())
+    names = output_names(model, signature.call(model, checks.batches[0]))
+    file.name_interface(tree, [i.name for i in signature.inputs], names)
+    file.name_weights(
+        tree, {v.path: keras.ops.convert_to_numpy(v) for v in model.variables}
+    )
+    return flatbuffer.write(tree)
+
+
+def _quantized(
+    content: bytes, quantize: str
+) -> tuple[bytes, tuple[FloatWeight, ...]]:
+    from keras_peft.export.litert import flatbuffer
+    from keras_peft.export.litert import quantize as quantizers
+
+    tree = flatbuffer.read(content)
+    left_float: tuple[FloatWeight, ...] = ()
+    if quantize == "int8":
+        left_float = quantizers.quantize_int8(tree)
+    else:
+        quantizers.quantize_float16(tree)
+    return flatbuffer.write(tree), left_float
+
+
+def _inputs(checks: Checks) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(i.name, i.dtype, i.shape) for i in checks.signature.inputs
+    )
+
+
+def _outputs(checks: Checks, names: Sequence[str]) -> tuple[TensorSpec, ...]:
+    """The outputs, each axis called like the input's that it goes with."""
+    outputs = zip(names, *checks.references, strict=True)
+    return tuple(
+        TensorSpec(
+            name,
+            arrays[0].dtype.name,
+            tuple(
+                _axis(checks, number, sizes)
+                for number, sizes in enumerate(
+                    zip(*(array.shape for array in arrays), strict=True)
+                )
+            ),
+        )
+        for name, *arrays in outputs
+    )
+
+
+def _axis(checks: Checks, number: int, sizes: tuple[int, ...]) -> int | str:
+    """The size of an axis, or the name of the input axis it follows."""
+    if number and len(set(sizes)) == 1:
+        return sizes[0]
+    for spec in checks.signature.inputs:
+        for position, axis in enumerate(spec.shape):
+            seen = [b[spec.name].shape[position] for b in checks.batches]
+            if isinstance(axis, str) and tuple(seen) == sizes:
+                return axis
+    return "any"

@@ -1,0 +1,141 @@
+"""A LiteRT file in memory: its names, its runs and its rounding."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_peft.export import comparison
+from keras_peft.export.litert import flatbuffer
+from keras_peft.export.litert.trace import SIGNATURE
+from keras_peft.export.result import Forward
+
+_PRODUCTS = (
+    "BATCH_MATMUL",
+    "CONV_2D",
+    "CONV_3D",
+    "DEPTHWISE_CONV_2D",
+    "FULLY_CONNECTED",
+    "TRANSPOSE_CONV",
+    "UNIDIRECTIONAL_SEQUENCE_LSTM",
+    "WHILE",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LiteRtFile:
+    """A file as a runtime reads it.
+
+    Attributes:
+        content: The bytes of the file.
+    """
+
+    content: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.content)
+
+    def runner(self, threads: int = 1) -> Forward:
+        """The file as a function, in the interpreter of this machine."""
+        from ai_edge_litert.interpreter import Interpreter
+
+        interpreter = Interpreter(
+            model_content=self.content, num_threads=threads
+        )
+        run = interpreter.get_signature_runner(SIGNATURE)
+        names = [*run.get_input_details()]
+        outputs = self.output_names()
+
+        def forward(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+            found = run(**{name: batch[name] for name in names})
+            return [found[name] for name in outputs]
+
+        return forward
+
+    def output_names(self) -> list[str]:
+        """The outputs, in the order of the model."""
+        (signature,) = self.tree.signatureDefs
+        return [entry.name.decode() for entry in signature.outputs]
+
+    def rounding_bound(self) -> float:
+        """How far two correct float32 evaluations may be apart."""
+        return comparison.rounding_of(
+            [
+                content.shape
+                for index in node.inputs
+                if index >= 0 and (content := graph.array(index)) is not None
+            ]
+            for graph in flatbuffer.graphs(self.tree)
+            for node in graph.nodes
+            if graph.kind(node) in _PRODUCTS
+        )
+
+    @functools.cached_property
+    def tree(self) -> Any:
+        """The objects of the file, to be read only."""
+        return flatbuffer.read(self.content)
+
+
+def name_interface(
+    tree: Any, inputs: Sequence[str], outputs: Sequence[str]
+) -> None:
+    """Gives inputs and outputs the names and the order of the model.
+
+    Args:
+        tree: A file whose inputs are called `input_<position>`, and outputs
+            likewise.
+        inputs: Names of the inputs, by position.
+        outputs: Names of the outputs, by position.
+    """
+    for signature in tree.signatureDefs:
+        graph = tree.subgraphs[signature.subgraphIndex]
+        for side, names in (("inputs", inputs), ("outputs", outputs)):
+            entries = sorted(getattr(signature, side), key=_position)
+            setattr(signature, side, entries)
+            order = [entry.tensorIndex for entry in entries]
+            setattr(graph, side, np.array(order, "int32"))
+            for entry in entries:
+                entry.name = names[_position(entry)]
+                graph.tensors[entry.tensorIndex].name = entry.name
+
+
+def _position(entry: Any) -> int:
+    return int(entry.name.decode().rpartition("_")[2])
+
+
+def name_weights(tree: Any, variables: Mapping[str, np.ndarray]) -> None:
+    """Calls constants that are variables of the model by their paths.
+
+    The converter folds and transposes kernels, and names what it gets after
+    the operators it made it from.
+    """
+    paths: dict[bytes, str] = {}
+    for path, value in variables.items():
+        for form in _forms(value):
+            paths.setdefault(_digest(form), path)
+    for graph in flatbuffer.graphs(tree):
+        for index, tensor in enumerate(graph.tensors):
+            content = graph.array(index)
+            if content is not None and content.size > 1:
+                tensor.name = paths.get(_digest(content), tensor.name)
+
+
+def _forms(value: np.ndarray) -> Iterator[np.ndarray]:
+    """A kernel with its axes in the orders a converter may choose."""
+    axes = range(value.ndim)
+    turned = (tuple(axes[n:]) + tuple(axes[:n]) for n in axes)
+    orders = itertools.permutations(axes) if value.ndim <= 3 else turned
+    for order in orders:
+        yield value.transpose(order)
+
+
+def _digest(content: np.ndarray) -> bytes:
+    return hashlib.sha256(content.tobytes()).digest()
