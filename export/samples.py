@@ -46,6 +46,7 @@ def _sizes(
     image: int,
 ) -> dict[str, int]:
     longest = longest_sequence(model)
+    framed = _framed_axes(signature)
     lengths, images = 0, 0
     sizes = {}
     for axis in signature.axes:
@@ -57,8 +58,32 @@ def _sizes(
             images += 1
         else:
             sizes[axis] = min(length + 2 * lengths, longest)
+            if axis in framed:
+                sizes[axis] = _steps(model, sizes[axis])
             lengths += 1
     return sizes
+
+
+def _framed_axes(signature: Signature) -> set[int | str]:
+    """Free lengths of sound and of other sequences of vectors."""
+    return {
+        i.shape[1]
+        for i in signature.inputs
+        if len(i.shape) == 3 and i.dtype.startswith(("float", "bfloat"))
+    }
+
+
+def _steps(model: keras.Model, frames: int) -> int:
+    """Length of a sequence that convolutions cut down to so many frames."""
+    shrinking = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.Conv1D) and layer.padding == "valid"
+    ]
+    for layer in reversed(shrinking):
+        reach = layer.dilation_rate[0] * (layer.kernel_size[0] - 1) + 1
+        frames = (frames - 1) * layer.strides[0] + reach
+    return frames
 
 
 def make_batch(

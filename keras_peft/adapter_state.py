@@ -6,6 +6,7 @@ import keras
 
 from keras_peft import layer_tree
 from keras_peft.methods.method import Method
+from keras_peft.patterns import lies_in
 
 
 @dataclasses.dataclass
@@ -96,13 +97,33 @@ def head_variables(model):
 
 
 def variables_below(layers, paths):
-    """The same for any paths, without the states of random generators."""
+    """The same for any paths, without the states of random generators.
+
+    A layer that the head shares with the base, as a masked language model's
+    does the table of tokens, belongs to the base.
+    """
+    elsewhere = {
+        id(variable)
+        for path, layer in layers.items()
+        if not lies_in(path, paths)
+        for variable in _held(layer)
+    }
     return {
         f"{path}/{index}.{variable.name}": variable
         for path in paths
-        for index, variable in enumerate(layers[path].variables)
+        for index, variable in enumerate(
+            v for v in layers[path].variables if id(v) not in elsewhere
+        )
         if not layer_tree.is_generator(variable)
     }
+
+
+def _held(layer):
+    """What a layer holds itself, and its adapters."""
+    yield from layer_tree.own_variables(layer)
+    if layer_tree.is_adapted(layer):
+        for adapter in layer.adapters.values():
+            yield from adapter.variables
 
 
 def head_values(model, name):

@@ -38,6 +38,7 @@ class Roles:
         ]
         self.blocks = {self._block_around(path) for path in self.attention}
         self.blocks.discard(None)
+        self.blocks |= {p for p, la in layers.items() if _mixes(la)}
 
     def attends(self, path: str) -> bool:
         """Whether a layer is part of an attention."""
@@ -100,6 +101,26 @@ def _is_bare(layer):
     """Whether a layer attends with what others project."""
     name = layer_tree.base_class(layer).__name__.lower()
     return "attention" in name and not layer.variables
+
+
+def _mixes(layer):
+    """Whether a layer is a block that mixes tokens without weights.
+
+    A Fourier transform does so: what is left are two normalizations, and two
+    linear layers to another size and back.
+    """
+    children = [child for _, child in layer_tree.children(layer)]
+    held = [child for child in children if layer_tree.own_variables(child)]
+    linear = [child for child in held if isinstance(child, _LINEAR)]
+    if len(held) != 4 or len(linear) != 2 or not layer.built:
+        return False
+    first, last = (child.kernel.shape for child in linear)
+    norms = [
+        child
+        for child in held
+        if "norm" in layer_tree.base_class(child).__name__.lower()
+    ]
+    return len(norms) == 2 and first == last[::-1] and not _is_graph(layer)
 
 
 def _is_graph(layer):

@@ -1,5 +1,9 @@
 """Encoder-decoders of text and of sound."""
 
+from typing import Any
+
+import keras
+
 from zoo.case import Case
 from zoo.case import backbone
 from zoo.case import task
@@ -15,6 +19,17 @@ SIZES = dict(
 # A decoder's layer attends to itself and to the encoder.
 ATTENTION = 4 * LAYERS + 8 * LAYERS
 GATED_MLP = 3 * LAYERS + 3 * LAYERS
+
+
+def one_token_prompt(model: keras.Model, rows: int) -> Any:
+    """A batch with a decoder's prompt of one token among longer ones.
+
+    Generation starts there: EdRec's caches no more tokens before it starts.
+    """
+    batch = ED_REC.batch(model, rows)
+    batch["decoder_padding_mask"][-1, 1:] = False
+    return batch
+
 
 BART = backbone(
     "BartBackbone",
@@ -115,7 +130,7 @@ CASES: tuple[Case, ...] = (
     BART,
     task("BartSeq2SeqLM", BART, {}),
     ED_REC,
-    task("EdRecSeq2SeqLM", ED_REC, {}),
+    task("EdRecSeq2SeqLM", ED_REC, {"inputs": one_token_prompt}),
     MOONSHINE,
     task("MoonshineAudioToText", MOONSHINE, {}),
     T5,
