@@ -18,6 +18,7 @@ import numpy as np
 from keras.src.backend import AutocastScope
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
+from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.saving.object_registration import GLOBAL_CUSTOM_NAMES
 from keras.src.utils.naming import to_snake_case
 
@@ -228,15 +229,17 @@ class AdaptedLayer:
             return super().call(*args, **kwargs)
         # Added up as `merge` does, before the layer casts what it reads.
         with AutocastScope(None):
-            # Only the scope below is asked for values: it has to know all.
-            own = {id(v): (v, v.value) for v in own_variables(self)}
-            for adapter in adapters:
-                for variable, added in adapter.additions():
-                    total = keras.ops.cast(own[id(variable)][1], "float32")
-                    own[id(variable)] = variable, total + added
-        values = [(v, keras.ops.cast(x, v.dtype)) for v, x in own.values()]
-        with keras.StatelessScope(state_mapping=values):
-            return super().call(*args, **kwargs)
+            sums = {}
+            changes = [change for a in adapters for change in a.additions()]
+            for variable, added in changes:
+                _, total = sums.get(id(variable), (variable, variable))
+                total = keras.ops.cast(total, "float32") + added
+                sums[id(variable)] = variable, total
+        with _StandIns(sums.values()) as scope:
+            outputs = super().call(*args, **kwargs)
+        if scope.outer is None:
+            self.add_loss(scope.losses)
+        return outputs
 
     def _after_kernel(self, outputs, reverse):
         activation = self.after_kernel.get("activation")
@@ -280,6 +283,35 @@ class AdaptedLayer:
             "`keras_peft.remove(model)` first, or keep to one of the two. "
             f"Received: adapters={list(self.adapters)}"
         )
+
+
+class _StandIns(keras.StatelessScope):
+    """Within, some variables stand for other values.
+
+    All else is as outside: what other variables are, that they can be
+    assigned (recurrent states, random generators), and losses.
+    """
+
+    def __init__(self, values):
+        values = [(v, keras.ops.cast(value, v.dtype)) for v, value in values]
+        super().__init__(values, initialize_variables=False)
+        self.outer = get_stateless_scope()
+        self.collect_losses = self.outer is None or self.outer.collect_losses
+        if self.outer is not None:
+            self.losses = self.outer.losses
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is None and self.outer is not None:
+            value = self.outer.get_current_value(variable)
+        return value
+
+    def add_update(self, update):
+        variable, value = update
+        if self.outer is None:
+            variable._direct_assign(value)
+        else:
+            self.outer.add_update(update)
 
 
 def _computed_once(outputs, strength):

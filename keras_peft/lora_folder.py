@@ -63,6 +63,14 @@ def read(path):
             "`use_bias=True` changes biases too. Merge such an adapter, or "
             f"train it without. Received: {folder!r} with {method}"
         )
+    raw = [p for p, kind in settings["layers"].items() if not kind["kernel"]]
+    if raw:
+        raise ValueError(
+            "Only changes of kernels that are one matrix can be added up, and "
+            "these layers hold raw weights, such as those of experts: "
+            f"{', '.join(raw[:8])}. Activate several adapters at once with "
+            f"`keras_peft.set_adapter` instead. Received: {folder!r}"
+        )
     source = LoRAFolder(folder, method, settings, tensors)
     wrong = [w for path in source.layers for w in _wrong_in(source, path)]
     if wrong:

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_peft.kernels import EmbeddingKernel
 from keras_peft.methods.lora import LoRAAdapter
+from keras_peft.methods.raw_weights import RawLoRAAdapter
 
 # Added to the diagonal before a Gram matrix is inverted, as in PEFT.
 _RIDGE = 1e-8
@@ -148,7 +149,9 @@ class LoRAFA(keras.optimizers.AdamW):
         if _is_embedding(adapter):
             gram = ops.matmul(fixed, ops.transpose(fixed))
             return ops.transpose(_solve(gram, ops.transpose(gradient)))
-        return _solve(ops.matmul(ops.transpose(fixed), fixed), gradient)
+        # Of experts, each has factors of its own.
+        gram = ops.matmul(ops.swapaxes(fixed, -1, -2), fixed)
+        return _solve(gram, gradient)
 
     def _use_weight_decay(self, variable):
         if self._get_variable_index(variable) in self._fixed:
@@ -157,12 +160,13 @@ class LoRAFA(keras.optimizers.AdamW):
 
 
 def _solve(gram, gradient):
-    ridge = _RIDGE * ops.eye(gram.shape[0], dtype=gram.dtype)
+    ridge = _RIDGE * ops.eye(gram.shape[-1], dtype=gram.dtype)
     return ops.solve(gram + ridge, gradient)
 
 
 def _is_embedding(adapter):
-    return isinstance(adapter.kernel, EmbeddingKernel)
+    kernel = getattr(adapter, "kernel", None)  # Raw weights are several.
+    return isinstance(kernel, EmbeddingKernel)
 
 
 def _pairs(optimizer, variables):
@@ -172,16 +176,17 @@ def _pairs(optimizer, variables):
         id(adapter): adapter
         for variable in variables
         if isinstance(
-            adapter := getattr(variable, "adapter", None), LoRAAdapter
+            adapter := getattr(variable, "adapter", None),
+            LoRAAdapter | RawLoRAAdapter,
         )
     }
     pairs = []
     for adapter in adapters.values():
-        factors = adapter.lora_kernel_a, adapter.lora_kernel_b
-        if all(id(factor) in known for factor in factors):
-            if _is_embedding(adapter):
-                factors = factors[::-1]
-            pairs.append((*factors, adapter))
+        for factors in adapter.pairs:
+            if all(id(factor) in known for factor in factors):
+                if _is_embedding(adapter):
+                    factors = factors[::-1]
+                pairs.append((*factors, adapter))
     if not pairs:
         kind = type(optimizer).__name__
         raise ValueError(

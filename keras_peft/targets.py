@@ -8,13 +8,17 @@ import keras
 
 from keras_peft import adapter_state
 from keras_peft import layer_tree
-from keras_peft.blocks import attention_paths
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.patterns import check_pattern
 from keras_peft.patterns import lies_in
 from keras_peft.patterns import nearest
 from keras_peft.patterns import path_matches
+from keras_peft.raw_kernels import experts
+from keras_peft.raw_kernels import is_recurrent
+from keras_peft.raw_kernels import multiplies_raw
+from keras_peft.raw_kernels import raw_kernels
+from keras_peft.roles import Roles
 
 _LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
 _CONVOLUTIONS = (
@@ -23,7 +27,11 @@ _CONVOLUTIONS = (
     keras.layers.Conv3D,
     keras.layers.DepthwiseConv1D,
     keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
 )
+# What attends without an attention, by the names of classes.
+_MIXERS = ("timemix", "deltanet")
 GROUPS = ("attention", "mlp", "all-linear", "embeddings", "convolutions")
 
 
@@ -44,20 +52,21 @@ class Candidates:
     ):
         self.model = model
         self.layers = dict(layer_tree.walk(model))
+        recurrent = [
+            p + "." for p, la in self.layers.items() if is_recurrent(la)
+        ]
         self.adaptable = {
             path: layer
             for path, layer in self.layers.items()
-            if layer.built and accepts(layer)
+            if layer.built
+            and accepts(layer)
+            # The recurrent layer around a cell stands for its weights.
+            and not (path.startswith(tuple(recurrent)) and raw_kernels(layer))
         }
         self.head = list(head)
-        attention = attention_paths(self.layers)
-        self.attention = tuple(path + "." for path in attention)
-        self.blocks = tuple(
-            path + "."
-            for path, layer in self.layers.items()
-            if not isinstance(layer, keras.Model)
-            and any(a.startswith(path + ".") for a in attention)
-        )
+        mixers = [p for p, la in self.layers.items() if _is_mixer(la)]
+        self.roles = Roles(self.layers, mixers)
+        self.routers = _routers(self.layers)
 
     def group(self, name: str) -> list[str]:
         """Paths of a target group; heads belong to none."""
@@ -73,13 +82,14 @@ class Candidates:
             return isinstance(layer, keras.layers.Embedding)
         if name == "convolutions":
             return isinstance(layer, _CONVOLUTIONS)
-        if not isinstance(layer, _LINEAR):
+        if not isinstance(layer, _LINEAR) and not multiplies_raw(layer):
             return False
-        attends = path.startswith(self.attention)
+        if path in self.routers:
+            return False
         if name == "attention":
-            return attends
+            return self.roles.attends(path)
         if name == "mlp":
-            return path.startswith(self.blocks) and not attends
+            return self.roles.feeds_forward(path)
         return True
 
     def matching(self, target: str) -> list[str]:
@@ -96,6 +106,9 @@ class Candidates:
     def default(self) -> list[str]:
         """The linear layers of transformer blocks, feed-forward ones too.
 
+        Banks of experts are of the feed-forward part; their routers, which
+        choose among them, are left out.
+
         That is what matches full fine-tuning
         ([LoRA Without Regret](https://thinkingmachines.ai/blog/lora/)). A
         model without blocks gives all its linear layers, and one whose
@@ -110,8 +123,7 @@ class Candidates:
         return [path for path in self.adaptable if path in chosen]
 
     def _size(self, paths):
-        shapes = [kernel_of(self.layers[path]).variable.shape for path in paths]
-        return sum(math.prod(shape) for shape in shapes)
+        return sum(_size(self.layers[path]) for path in paths)
 
     def names(self) -> dict[str, int]:
         """`{name: count}` of the layers that could be named."""
@@ -119,6 +131,34 @@ class Candidates:
         for layer in self.adaptable.values():
             counts[layer.name] = counts.get(layer.name, 0) + 1
         return counts
+
+
+def _is_mixer(layer):
+    name = layer_tree.base_class(layer).__name__.lower().replace("_", "")
+    return any(word in name for word in _MIXERS)
+
+
+def _routers(layers):
+    """Paths of what scores the experts beside it, or weighs a shared one."""
+    found = set()
+    for bank, layer in layers.items():
+        outputs = (experts(layer), 1) if layer.built else (0,)
+        around = bank.rpartition(".")[0]
+        found |= {
+            path
+            for path, other in layers.items()
+            if outputs[0]
+            and lies_in(path, [around])
+            and isinstance(other, _LINEAR)
+            and has_kernel(other)
+            and kernel_of(other).outputs in outputs
+        }
+    return found
+
+
+def _size(layer):
+    kernels = raw_kernels(layer) or [kernel_of(layer)]
+    return sum(math.prod(kernel.variable.shape) for kernel in kernels)
 
 
 def select(candidates: Candidates, targets: str | Sequence[str]) -> list[str]:
@@ -161,8 +201,11 @@ def find_head(model: keras.Layer) -> list[str]:
     """Paths of what stands outside the base of `model`.
 
     The base is `model.backbone`, or else the only model among its layers: a
-    backbone with a classifier on top. A model without either has no head.
+    backbone with a classifier on top. A model without either has no head, and
+    neither has a backbone of keras-hub, whatever models it is made of.
     """
+    if any(kind.__name__ == "Backbone" for kind in type(model).__mro__):
+        return []
     children = list(layer_tree.children(model))
     base = getattr(model, "backbone", None)
     if base is None:

@@ -8,19 +8,22 @@ from keras import ops
 
 from keras_peft.kernels import DepthwiseKernel
 from keras_peft.kernels import EmbeddingKernel
+from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.adapter import KernelAdapter
+from keras_peft.methods.lora_start import INITS
+from keras_peft.methods.lora_start import RESIDUAL_INITS
+from keras_peft.methods.lora_start import leading_directions
+from keras_peft.methods.lora_start import start_values
 from keras_peft.methods.method import Method
+from keras_peft.methods.raw_weights import RawLoRAAdapter
+from keras_peft.methods.raw_weights import raw_objection
+from keras_peft.methods.raw_weights import raw_shapes
 from keras_peft.methods.settings import Ranked
 from keras_peft.methods.settings import rank_objection
-from keras_peft.quantized import nf4_round
+from keras_peft.raw_kernels import raw_kernels
 
 _SCALINGS = ("standard", "rank_stabilized")
-# These start from a part of the kernel itself.
-_RESIDUAL_INITS = ("pissa", "olora", "loftq")
-# Of LoftQ, as in its paper.
-_LOFTQ_STEPS = 5
-_INITS = ("default", "gaussian", "orthogonal", "eva", *_RESIDUAL_INITS)
 
 
 @keras.saving.register_keras_serializable(package="keras_peft")
@@ -33,6 +36,17 @@ class LoRA(Ranked, Method):
     a gradient of the kernel is ever formed. Trainable parameters per layer:
     `rank * (inputs + outputs)`, and `outputs` more with `decompose=True` or
     `use_bias=True`.
+
+    Kernels that are raw weights of a larger layer are adapted too: the `kernel`
+    and `recurrent_kernel` of recurrent layers (`LSTM`, `GRU`, `SimpleRNN`,
+    `RNN`, `ConvLSTM`, also inside `Bidirectional`), banks of experts, one `A`
+    and `B` per expert, and, where `targets` names their layer, single matrices
+    such as a table of positions. Such a layer reads `kernel + scale * A @ B` in
+    place of its kernel. That sum and its gradient are formed in full, once per
+    call: the layer itself multiplies by the kernel, some inside a loop.
+    Parameters: `experts * rank * (inputs + outputs)` for each raw kernel, its
+    rank being at most `min(inputs, outputs)`. `dropout`, `decompose`,
+    `use_bias` and `init="eva"` are refused there.
 
     - [Hu et al., 2021](https://arxiv.org/abs/2106.09685): LoRA
     - [Kalajdzievski, 2023](https://arxiv.org/abs/2312.03732): rank-stabilized
@@ -48,7 +62,8 @@ class LoRA(Ranked, Method):
 
     Args:
         rank: Positive integer. Size of the shared inner axis; 4 to 16 is
-            usual. At most `min(inputs, outputs)` of every adapted kernel.
+            usual. A kernel with a smaller side gets that for its rank, as if
+            `rank_pattern` named it.
         alpha: Number, or `None` for the rank itself. The scale is
             `alpha / rank`, so `None` means a scale of 1.
         dropout: Float in `[0, 1)`. Share of the layer's inputs that is dropped
@@ -124,7 +139,7 @@ class LoRA(Ranked, Method):
                 "`dropout` must lie in [0, 1). "
                 f"Received: dropout={self.dropout!r}"
             )
-        for name, known in (("scaling", _SCALINGS), ("init", _INITS)):
+        for name, known in (("scaling", _SCALINGS), ("init", INITS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(map(repr, known))}. "
@@ -142,11 +157,20 @@ class LoRA(Ranked, Method):
             return self.alpha_of(path) / math.sqrt(self.rank_of(path))
         return super().scale_of(path)
 
+    def rank_limit(self, kernel):
+        limit = super().rank_limit(kernel)
+        return limit - limit % 2 if self.init == "orthogonal" else limit
+
     @property
     def calibrated(self):
         return self.init == "eva"
 
+    def accepts(self, layer):
+        return has_kernel(layer) or bool(raw_kernels(layer))
+
     def objection(self, path, layer):
+        if raw_kernels(layer):
+            return raw_objection(self, path, layer)
         kernel = kernel_of(layer)
         unfit = isinstance(kernel, EmbeddingKernel | DepthwiseKernel)
         if self.init == "eva" and unfit:
@@ -156,10 +180,12 @@ class LoRA(Ranked, Method):
         )
 
     def shapes(self, path, layer):
+        if raw_kernels(layer):
+            return raw_shapes(self, path, layer)
         kernel, rank = kernel_of(layer), self.rank_of(path)
         a, b = (kernel.inputs, rank), (rank, kernel.outputs)
         shapes = {"lora_kernel_a": a, "lora_kernel_b": b}
-        if self.init in _RESIDUAL_INITS:
+        if self.init in RESIDUAL_INITS:
             shapes |= {"lora_initial_a": a, "lora_initial_b": b}
         if self.decompose:
             shapes["lora_magnitude"] = (kernel.outputs,)
@@ -168,6 +194,8 @@ class LoRA(Ranked, Method):
         return shapes
 
     def create(self, path, layer, name):
+        if raw_kernels(layer):
+            return RawLoRAAdapter(self, path, layer, name)
         return LoRAAdapter(self, path, layer, name)
 
 
@@ -184,7 +212,7 @@ class LoRAAdapter(KernelAdapter):
         self.rank = method.rank_of(path)
         self.scale = method.scale_of(path)
         self.init = method.init
-        self.residual = method.init in _RESIDUAL_INITS
+        self.residual = method.init in RESIDUAL_INITS
         self.decompose = method.decompose
         self.use_bias = method.use_bias
         super().__init__(layer, method.shapes(path, layer), name)
@@ -199,14 +227,19 @@ class LoRAAdapter(KernelAdapter):
             cast = key != "lora_magnitude"
             setattr(self, key, self.weight(key, shape, trainable, cast))
         for factor in (self.lora_kernel_a, self.lora_kernel_b):
-            # Optimizers ask it for the other factor and the scale.
+            # Optimizers ask it for the pair and the scale.
             factor.adapter = self
         if self.decompose:
             shape = shapes["lora_magnitude"]
             self.square_norm = self.weight("square_norm", shape, False, False)
 
+    @property
+    def pairs(self):
+        """`[(A, B)]`, for optimizers."""
+        return [(self.lora_kernel_a, self.lora_kernel_b)]
+
     def initialize(self, rng):
-        a, b = _start_values(self, rng)
+        a, b = self._start(rng)
         self.lora_kernel_a.assign(a)
         self.lora_kernel_b.assign(b)
         if self.residual:
@@ -214,6 +247,11 @@ class LoRAAdapter(KernelAdapter):
             self.lora_initial_b.assign(b)
         if self.decompose:
             self.lora_magnitude.assign(ops.sqrt(self.square_norm.value))
+
+    def _start(self, rng):
+        if self.init == "eva":
+            return leading_directions(self), ops.zeros_like(self.lora_kernel_b)
+        return start_values(self.init, self.kernel, self.rank, self.scale, rng)
 
     def read_base(self):
         if self.decompose:
@@ -308,63 +346,3 @@ class LoRAAdapter(KernelAdapter):
         convert = ops.convert_to_numpy
         change = convert(self.lora_bias) * np.float32(self.scale)
         return change * convert(self.strength)
-
-
-def _start_values(adapter, rng):
-    """`(A, B)` as float32 arrays."""
-    inputs, outputs = adapter.kernel.inputs, adapter.kernel.outputs
-    rank, init = adapter.rank, adapter.init
-    a, b = np.zeros((inputs, rank)), np.zeros((rank, outputs))
-    if init == "pissa":
-        a, b = _leading_part(adapter.kernel.read(), adapter)
-    elif init == "loftq":
-        kernel = adapter.kernel.read()
-        for _ in range(_LOFTQ_STEPS):
-            rounded = nf4_round(kernel - adapter.scale * (a @ b))
-            a, b = _leading_part(kernel - rounded, adapter)
-    elif init == "olora":
-        # Of the transposed kernel, so that the orthonormal factor is B.
-        q, r = np.linalg.qr(adapter.kernel.read().T)
-        a, b = r[:rank].T, q[:, :rank].T
-    elif init == "orthogonal":
-        basis, _ = np.linalg.qr(rng.normal(size=(rank, rank)))
-        a = rng.normal(size=(inputs, rank // 2)) @ basis[0::2] / 10
-        b = basis[1::2].T @ rng.normal(size=(rank // 2, outputs)) / 10
-    elif init == "eva":
-        a = _leading_directions(adapter)
-    elif isinstance(adapter.kernel, EmbeddingKernel):
-        b = rng.normal(size=b.shape)
-    elif init == "gaussian":
-        a = rng.normal(scale=1 / rank, size=a.shape)
-    else:
-        bound = 1 / math.sqrt(inputs)
-        a = rng.uniform(-bound, bound, size=a.shape)
-    return a.astype("float32"), b.astype("float32")
-
-
-def _leading_part(matrix, adapter):
-    """`(A, B)` with `scale * A @ B` nearest to `matrix`, equal in size."""
-    left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    rank = adapter.rank
-    root = np.sqrt(values[:rank] / adapter.scale)
-    return left[:, :rank] * root, root[:, None] * right[:rank]
-
-
-def _leading_directions(adapter):
-    """The leading right singular vectors of the layer's inputs."""
-    observed, rank = adapter.observed, adapter.rank
-    if observed is None:
-        raise ValueError(
-            "`init='eva'` starts from data. Use `keras_peft.adapt(model, "
-            "method, calibration=...)`, or another `init`. "
-            f"Received: layer={adapter.path!r}"
-        )
-    if observed.count < rank:
-        raise ValueError(
-            f"`init='eva'` needs at least as many inputs of a layer as its "
-            f"rank, {rank}. Pass more data as `calibration`. "
-            f"Received: {observed.count} inputs of {adapter.path!r}"
-        )
-    # Their Gram matrix has these as eigenvectors, in ascending order.
-    _, vectors = np.linalg.eigh(observed.gram)
-    return vectors[:, ::-1][:, :rank]
