@@ -13,6 +13,7 @@ from table import randomize
 
 import keras_peft
 from keras_peft import adapter_state
+from keras_peft import layer_tree
 from keras_peft.methods.lora import LoRAAdapter
 from keras_peft.targets import Candidates
 from keras_peft.targets import find_head
@@ -243,3 +244,28 @@ def test_summary_shows_every_layer_and_the_totals():
     assert "b* LoRA" in text and "a LoRA" in text and "head" in text
     count = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     assert f"{count:,}" in text
+
+
+def test_a_table_that_the_head_shares_with_the_base_is_the_bases():
+    import keras_hub
+    from models import bert_backbone
+
+    def masked_lm():
+        keras.utils.set_random_seed(0)
+        return keras_hub.models.BertMaskedLM(bert_backbone(), preprocessor=None)
+
+    model = masked_lm()
+    table = model.backbone.token_embedding.embeddings
+    targets = ["attention", "embeddings"]
+    keras_peft.adapt(model, keras_peft.LoRA(2), targets)
+    head = adapter_state.head_variables(model)
+    # Two of a dense layer, two of a normalization, and the bias of tokens.
+    assert len(head) == 5
+    assert not table.trainable
+    keras_peft.remove(model)
+    assert table.trainable
+    found = adapter_state.variables_below(
+        dict(layer_tree.walk(model)), find_head(model)
+    )
+    # Keys, by which a file knows the head, do not move with an adapter.
+    assert list(found) == list(head)
