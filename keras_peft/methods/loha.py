@@ -34,8 +34,8 @@ class LoHa(Ranked, Method):
     as its base.
 
     Args:
-        rank: Positive integer; 4 to 16 is usual. At most
-            `min(inputs, outputs)` of every adapted kernel.
+        rank: Positive integer; 4 to 16 is usual. A kernel with a smaller side
+            gets that for its rank, as if `rank_pattern` named it.
         alpha: Number, or `None` for the rank itself. The scale is
             `alpha / rank`, so `None` means a scale of 1.
         rank_pattern: Dict from layer names or path expressions to ranks that

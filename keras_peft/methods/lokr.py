@@ -82,6 +82,10 @@ class LoKr(Ranked, Method):
                 f"Received: decompose_factor={decompose_factor!r}"
             )
 
+    def rank_limit(self, kernel):
+        # From half of a side on, its matrix is whole and has no rank.
+        return self.rank
+
     def shapes(self, path, layer):
         split, rank = self.split(layer), self.rank_of(path)
         whole = not (self.decompose_both and rank < max(split.first) / 2)

@@ -1,7 +1,9 @@
 """Settings that several methods share: ranks, and the scale of a change."""
 
 import math
+import re
 
+from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.patterns import check_pattern
 from keras_peft.patterns import path_matches
@@ -63,6 +65,31 @@ class Ranked:
 
     def rank_of(self, path):
         return _by_pattern(self.rank_pattern, path, self.rank)
+
+    def for_layers(self, candidates, paths):
+        """Gives kernels that are smaller than `rank` the largest they allow.
+
+        A depthwise 3x3 kernel allows 9. It stays an error where all kernels
+        are smaller, and where the user named the layer's rank.
+        """
+        limits = {
+            path: self.rank_limit(kernel_of(candidates.layers[path]))
+            for path in paths
+            if has_kernel(candidates.layers[path])
+        }
+        small = {
+            f"^{re.escape(path)}": limit
+            for path, limit in limits.items()
+            if 0 < limit < self.rank == self.rank_of(path)
+        }
+        if not small or len(small) == len(paths):
+            return self
+        ranks = {**(self.rank_pattern or {}), **small}
+        return type(self)(**self.get_config() | {"rank_pattern": ranks})
+
+    def rank_limit(self, kernel):
+        """The largest rank that a kernel allows."""
+        return min(kernel.inputs, kernel.outputs)
 
     def alpha_of(self, path):
         alpha = _by_pattern(self.alpha_pattern, path, self.alpha)
