@@ -132,7 +132,8 @@ def _tensors(model, name):
         for key, variable in leaf.parameters.items()
     }
     for key, value in adapter_state.head_values(model, name).items():
-        tensors[f"head:{key}"] = np.ascontiguousarray(value)
+        # Not `ascontiguousarray`, which gives a scalar an axis.
+        tensors[f"head:{key}"] = np.asarray(value, order="C")
     return tensors
 
 

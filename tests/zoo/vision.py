@@ -302,5 +302,7 @@ CASES: tuple[Case, ...] = (
         dict(labels=boxes),
         num_classes=3,
         pre_logits_num_conv_layers=1,
+        # Without it the head's first steps turn its activations off.
+        use_prediction_head_norm=True,
     ),
 )
