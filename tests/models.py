@@ -114,6 +114,35 @@ def llama():
     return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
 
 
+def mixtral():
+    import keras_hub
+
+    backbone = keras_hub.models.MixtralBackbone(
+        vocabulary_size=20,
+        num_layers=2,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=12,
+        num_experts=3,
+        top_k=2,
+    )
+    return keras_hub.models.MixtralCausalLM(backbone, preprocessor=None)
+
+
+def recurrent():
+    both_ways = k.Bidirectional(k.LSTM(4, return_sequences=True))
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            k.Embedding(20, 5, mask_zero=True),
+            both_ways,
+            k.RNN([k.GRUCell(5), k.SimpleRNNCell(4)]),
+            k.Dense(3),
+        ]
+    )
+
+
 def vit():
     import keras_hub
 
@@ -159,11 +188,20 @@ MODELS = {
     "own-classifier": own_classifier,
     "gpt2": gpt2,
     "llama": llama,
+    "mixtral": mixtral,
+    "recurrent": recurrent,
     "vit": vit,
     "resnet": resnet,
 }
 # One of each way to hold layers, for the backends that run a slice.
-SLICE = ("functional", "subclassed", "convolutional", "bert-classifier", "gpt2")
+SLICE = (
+    "functional",
+    "subclassed",
+    "convolutional",
+    "bert-classifier",
+    "gpt2",
+    "recurrent",
+)
 
 
 def build(name):
@@ -193,10 +231,12 @@ def data(name, samples=8):
         return rng.normal(size=(samples, 5)).astype("float32"), classes
     if name == "subclassed":
         return tokens, classes
+    if name == "recurrent":
+        return np.where(mask, tokens, 0), classes
     if name in ("convolutional", "vit", "resnet"):
         images = rng.normal(size=(samples, 8, 8, 3))
         return images.astype("float32"), classes
-    if name in ("gpt2", "llama"):
+    if name in ("gpt2", "llama", "mixtral"):
         return {"token_ids": tokens, "padding_mask": mask}, tokens
     segments = np.zeros_like(tokens)
     inputs = {"token_ids": tokens, "segment_ids": segments}

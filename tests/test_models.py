@@ -189,7 +189,7 @@ def test_weights_files_go_both_ways(name, tmp_path):
 
 
 @pytest.mark.slice
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
 def test_generate_is_greedy_over_the_adapted_logits(name):
     model = build(name)
     model.compile(sampler="greedy")
