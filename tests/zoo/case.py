@@ -37,6 +37,8 @@ class Case:
             as the last block's part that no output depends on.
         inputs: Makes a batch of a number of rows; made up from the signature
             by default.
+        prompt: Makes what a language model completes from a batch; the batch
+            itself by default, with the places to fill masked.
         labels: Makes targets for `fit` from the model and its inputs; by
             default numbers in the structure of the outputs.
         unable: `{column: reason}` where keras-hub itself cannot run, or cannot
@@ -53,6 +55,7 @@ class Case:
     default: tuple[str, ...] = ("attention", "mlp")
     idle: Mapping[str, str] = dataclasses.field(default_factory=dict)
     inputs: Callable[[keras.Model, int], Any] | None = None
+    prompt: Callable[[Any], Any] | None = None
     labels: Callable[[keras.Model, Any], Any] | None = None
     unable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

@@ -17,6 +17,19 @@ def next_tokens(model: keras.Model, batch: Any) -> np.ndarray:
     return np.roll(batch["token_ids"], -1, axis=1)
 
 
+def last_token_apart(batch: Any) -> dict[str, np.ndarray]:
+    """A prompt, and its last token at the start of what is written."""
+    tokens = np.maximum(batch["token_ids"], 1)  # Zeros are open places.
+    first, rest = tokens[:, :6], tokens[:, 6:]
+    rest = np.pad(rest[:, :1], [(0, 0), (0, rest.shape[1] - 1)])
+    return {
+        "token_ids": first,
+        "input_padding_mask": np.ones_like(first),
+        "predict_token_ids": rest,
+        "padding_mask": rest > 0,
+    }
+
+
 def language_model(name: str, base: Case, **known: Any) -> Case:
     """A case of a language model on a decoder."""
     return task(name, base, {"labels": next_tokens, **known})
@@ -148,6 +161,138 @@ QWEN3_MOE = backbone(
     embeddings=1,
 )
 
+GEMMA3N = backbone(
+    "Gemma3nBackbone",
+    dict(
+        text_vocab_size=50,
+        text_hidden_size=24,
+        num_hidden_layers=3,
+        pad_token_id=0,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=[20, 20, 20],
+        hidden_activation="gelu_approximate",
+        layer_types=["sliding_attention", "full_attention"]
+        + ["full_attention"],
+        sliding_window=4,
+        rope_theta=10000.0,
+        max_position_embeddings=32,
+        vocab_size_per_layer_input=50,
+        hidden_size_per_layer_input=6,
+        altup_num_inputs=3,
+        laurel_rank=5,
+        activation_sparsity_pattern=[0.9, 0.0, 0.0],
+        num_kv_shared_layers=1,
+        final_logit_soft_cap=30.0,
+    ),
+    attention=4 * 3,
+    # A feed-forward part with a gate, LAuReL's two, AltUp's three, and two
+    # around the inputs of each layer.
+    mlp=(3 + 2 + 3 + 2) * 3,
+    # Into and out of the other two streams, and the inputs of all layers.
+    linear=14 * 3 + 2 * 2 + 1,
+    embeddings=2,
+    idle={r"layers\.2\.attention\.[kv]_proj": "it takes over keys and values"},
+)
+GEMMA4 = backbone(
+    "Gemma4Backbone",
+    GROUPED
+    | dict(
+        num_layers=4,
+        image_size=None,
+        head_dim=8,
+        global_head_dim=12,
+        num_global_key_value_heads=1,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window_size=4,
+        global_rope_partial_rotary_factor=0.5,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=50,
+        use_double_wide_mlp=True,
+        enable_moe_block=True,
+        num_experts=5,
+        expert_intermediate_dim=10,
+        num_experts_per_token=2,
+        final_logit_soft_cap=30.0,
+    ),
+    # The global attention's keys are its values too; the last two blocks take
+    # over keys and values.
+    attention=4 + 3 + 2 + 2,
+    # A feed-forward part with a gate, the experts beside it, and two around the
+    # inputs of each layer.
+    mlp=(3 + 1 + 2) * 4,
+    linear=11 + 24 + 1,
+    embeddings=2,
+)
+
+WRONG_RECURRENCE = {
+    "generate": "the state takes in padding, and a prompt's last token twice"
+}
+
+# Of two blocks, one has linear attention.
+HYBRID = dict(
+    vocabulary_size=50,
+    num_layers=LAYERS,
+    num_query_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    hidden_dim=24,
+    layer_types=["linear_attention", "full_attention"],
+    partial_rotary_factor=0.5,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=6,
+    linear_value_head_dim=10,
+    linear_conv_kernel_dim=3,
+)
+# Queries, keys and values at once, a gate, two of the recurrence, and outputs.
+HYBRID_ATTENTION = 5 + 4
+QWEN3_5 = backbone(
+    "Qwen3_5Backbone",
+    HYBRID | dict(intermediate_dim=20),
+    attention=HYBRID_ATTENTION,
+    mlp=3 * LAYERS,
+    embeddings=1,
+)
+QWEN3_5_MOE = backbone(
+    "Qwen3_5MoeBackbone",
+    HYBRID
+    | dict(
+        moe_intermediate_dim=10,
+        shared_expert_intermediate_size=14,
+        num_experts=5,
+        top_k=2,
+    ),
+    attention=HYBRID_ATTENTION,
+    # The experts, beside one that every token takes.
+    mlp=(1 + 3) * LAYERS,
+    embeddings=1,
+)
+
+RWKV7 = backbone(
+    "RWKV7Backbone",
+    dict(
+        hidden_size=24,
+        head_size=6,
+        num_layers=LAYERS,
+        vocabulary_size=50,
+        intermediate_dim=20,
+        gate_lora=7,
+        mv_lora=5,
+        aaa_lora=4,
+        decay_lora=3,
+    ),
+    # Four layers in place of an attention's, and one that holds narrow
+    # networks as weights of its own.
+    attention=5 * LAYERS,
+    mlp=2 * LAYERS,
+    # The backbone ends in logits.
+    linear=7 * LAYERS + 1,
+    embeddings=1,
+)
+
 CASES: tuple[Case, ...] = (
     BLOOM,
     language_model("BloomCausalLM", BLOOM),
@@ -186,4 +331,14 @@ CASES: tuple[Case, ...] = (
     language_model("QwenMoeCausalLM", QWEN_MOE),
     QWEN3_MOE,
     language_model("Qwen3MoeCausalLM", QWEN3_MOE),
+    GEMMA3N,
+    language_model("Gemma3nCausalLM", GEMMA3N),
+    GEMMA4,
+    language_model("Gemma4CausalLM", GEMMA4),
+    QWEN3_5,
+    language_model("Qwen3_5CausalLM", QWEN3_5, unable=WRONG_RECURRENCE),
+    QWEN3_5_MOE,
+    language_model("Qwen3_5MoeCausalLM", QWEN3_5_MOE, unable=WRONG_RECURRENCE),
+    RWKV7,
+    language_model("RWKV7CausalLM", RWKV7, prompt=last_token_apart),
 )

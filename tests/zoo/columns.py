@@ -111,20 +111,22 @@ def move(subject: Subject) -> None:
 
 def generate(subject: Subject) -> None:
     """Greedy tokens with a cache are those of the model called on them all."""
-    model = subject.model
-    prompt = {key: np.asarray(v) for key, v in subject.batch.items()}
+    model, case = subject.model, subject.case
+    batch = {key: np.asarray(v) for key, v in subject.batch.items()}
+    key = "decoder_token_ids" if "decoder_token_ids" in batch else "token_ids"
+    mask = key.replace("token_ids", "padding_mask")
+    prompt = batch if case.prompt is None else case.prompt(batch)
+    prompt = {**prompt, mask: prompt[mask].astype(bool)}
     model.compile(sampler="greedy")
     # What `model.generate()` calls: without a preprocessor that fails over an
     # output that is None, as Gemma3's images.
     found = model.make_generate_function()(prompt, stop_token_ids=None)
-    key = "decoder_token_ids" if "decoder_token_ids" in prompt else "token_ids"
-    mask = key.replace("token_ids", "padding_mask")
     tokens = keras.ops.convert_to_numpy(found[key])
-    whole = {**prompt, key: tokens, mask: np.ones_like(prompt[mask])}
+    whole = {**batch, key: tokens, mask: np.ones(tokens.shape, "int32")}
     logits = keras.ops.convert_to_numpy(model(whole, training=False))
     scale = np.abs(logits).max()
-    for row, given in enumerate(prompt[mask].sum(-1)):
-        for place in range(int(given), tokens.shape[1]):
+    for row, open_places in enumerate((~prompt[mask]).sum(-1)):
+        for place in range(tokens.shape[1] - open_places, tokens.shape[1]):
             scores = logits[row, place - 1]
             best = scores.max() - scores[tokens[row, place]]
             assert best <= ROUNDING * scale, (row, place, best / scale)
