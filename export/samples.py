@@ -115,6 +115,8 @@ def _make(
         return rng.normal(size=shape)
     if "mask" in spec.name and "position" not in spec.name:
         return _ragged(shape)
+    if len(shape) < 2:  # Numbers of steps, not tokens.
+        return rng.integers(2, 5, shape)
     if "position" in spec.name:
         return rng.integers(0, min(sizes.values()), shape)
     return rng.integers(0, _vocabulary(model, spec.name), shape)

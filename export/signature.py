@@ -13,6 +13,8 @@ from keras_peft.export.adapters import taken_positions
 
 # Text inputs of one call share their length, so their graphs share its name.
 _TEXT_INPUTS = ("token_ids", "segment_ids", "padding_mask")
+# What the inputs of segmentation models label.
+_LABELS = {"labels": "points", "box_labels": "boxes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,7 @@ def read_signature(model: keras.Model) -> Signature:
         signature = _from_keras_tensors(struct)
     if not any(axis.endswith("sequence") for axis in signature.axes):
         return signature
+    signature = _fix_mask_prompts(model, _label_prompts(signature))
     shared = _rename_sequences(signature, "sequence")
     fixed = _rename_sequences(signature, longest_sequence(model))
     for candidate in (signature, shared, fixed):
@@ -106,13 +109,48 @@ def _takes(model: keras.Model, signature: Signature) -> bool:
     sizes["batch"] = 1
     sizes |= {axis: 5 + number for number, axis in enumerate(lengths)}
     tensors = {
-        i.name: np.zeros(i.sized(sizes), i.dtype) for i in signature.inputs
+        # Ones: nothing is computed in zero steps.
+        i.name: np.ones(i.sized(sizes), i.dtype)
+        for i in signature.inputs
     }
     try:
         signature.call(model, tensors)
     except Exception:  # Whatever a backend raises for shapes that clash.
         return False
     return True
+
+
+def _label_prompts(signature: Signature) -> Signature:
+    """Each prompt has a label: `box_labels` are as many as `boxes`."""
+    lengths = {i.name: i.shape[1] for i in signature.inputs if len(i.shape) > 1}
+
+    def labelled(spec: ModelInput) -> ModelInput:
+        of = _LABELS.get(spec.name)
+        if of not in lengths or len(spec.shape) != 2:
+            return spec
+        return dataclasses.replace(spec, shape=("batch", lengths[of]))
+
+    inputs = tuple(map(labelled, signature.inputs))
+    return dataclasses.replace(signature, inputs=inputs)
+
+
+def _fix_mask_prompts(model: keras.Model, signature: Signature) -> Signature:
+    """Segment Anything takes one mask per image, of one size."""
+    sizes = [
+        layer.image_embedding_size
+        for layer in model._flatten_layers()
+        if hasattr(layer, "image_embedding_size")
+    ]
+
+    def fixed(spec: ModelInput) -> ModelInput:
+        if not sizes or spec.name != "masks":
+            return spec
+        height, width = sizes[0]
+        shape = "batch", 1, 4 * height, 4 * width, 1
+        return dataclasses.replace(spec, shape=shape)
+
+    inputs = tuple(map(fixed, signature.inputs))
+    return dataclasses.replace(signature, inputs=inputs)
 
 
 def _rename_sequences(signature: Signature, size: int | str) -> Signature:
