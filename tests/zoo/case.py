@@ -42,7 +42,7 @@ class Case:
         labels: Makes targets for `fit` from the model and its inputs; by
             default numbers in the structure of the outputs.
         unable: `{column: reason}` where keras-hub itself cannot run, or cannot
-            run on a backend (`"train on jax"`).
+            run on a backend (`"train on jax"`), or nothing there (`"torch"`).
     """
 
     name: str

@@ -57,9 +57,10 @@ def hold(case, columns):
         if not has_column(case, column):
             continue
         run = COLUMNS[column]
-        if unable:
-            row["unable"] = unable
-            run = INSTEAD.get(column)
+        if backend in case.unable:
+            row["unable"], run = case.unable[backend], None
+        elif unable:
+            row["unable"], run = unable, INSTEAD.get(column)
         if run is None:
             failed.add(column)
             yield row
