@@ -262,14 +262,106 @@ RETINANET = Case(
 )
 
 
-def boxes(model, images):
-    """Two boxes in each image, and their classes."""
-    rows = len(images)
+def _dfine():
+    import keras_hub
+
+    backbone = keras_hub.models.HGNetV2Backbone(
+        stem_channels=[3, 8, 12],
+        stackwise_stage_filters=[
+            [12, 8, 16, 1, 1, 3],
+            [16, 10, 24, 1, 2, 3],
+            [24, 12, 32, 1, 1, 3],
+        ],
+        apply_downsample=[False, True, True],
+        use_lightweight_conv_block=[False, True, False],
+        depths=[1, 1, 1],
+        hidden_sizes=[16, 24, 32],
+        embedding_size=12,
+        use_learnable_affine_block=True,
+        hidden_act="relu",
+        out_features=["stage2", "stage3"],
+    )
+    model = keras_hub.models.DFineBackbone(
+        backbone=backbone,
+        decoder_in_channels=[16, 16],
+        encoder_in_channels=[24, 32],
+        encoder_hidden_dim=16,
+        encode_proj_layers=[1],
+        encoder_ffn_dim=20,
+        num_encoder_layers=1,
+        num_attention_heads=2,
+        hidden_expansion=0.5,
+        depth_multiplier=0.34,
+        hidden_dim=16,
+        decoder_ffn_dim=28,
+        num_decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_n_points=[2, 3],
+        eval_idx=-1,
+        lqe_hidden_dim=10,
+        num_lqe_layers=2,
+        num_labels=3,
+        num_denoising=0,
+        learn_initial_query=False,
+        num_queries=20,
+        # Its deformable attention is of images of this one size.
+        anchor_image_size=(64, 64),
+        image_shape=(64, 64, 3),
+        feat_strides=[8, 16],
+        num_feature_levels=2,
+        out_features=["stage2", "stage3"],
+        seed=0,
+    )
+    # Its kernels start so small that all places of an image look alike, and
+    # rounding chooses among them.
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        if len(weight.shape) > 1:
+            size = np.sqrt(np.prod(weight.shape[:-1]))
+            weight.assign(rng.normal(size=weight.shape) / size)
+    return model
+
+
+# Four convolutions, and twice two and a block of two.
+_AGGREGATION = 4 + 2 * (2 + 2)
+DFINE = Case(
+    "DFineBackbone",
+    _dfine,
+    # One in the encoder; two in the decoder, where the other attention has
+    # sampling offsets and weights.
+    attention=4 + 2 * (4 + 2),
+    # In the decoder with the gate before it.
+    mlp=2 + 2 * (2 + 1),
+    # After the encoder one, its boxes three, its classes one; of queries two,
+    # of the first boxes three; for each layer of the decoder one for classes,
+    # three for boxes and two for their quality.
+    linear=(4 + 2 * 6) + (2 + 2 * 3) + (1 + 3 + 1) + (2 + 3) + 2 * (1 + 3 + 2),
+    # The stem and three stages; a projection of each of two levels; from the
+    # upper to the lower level one, back two.
+    convolutions=(5 + (1 + 2) + (1 + 4 + 2) + (1 + 1 + 2))
+    + 2
+    + (1 + _AGGREGATION)
+    + (2 + _AGGREGATION),
+    default=("attention", "mlp", "convolutions"),
+)
+
+
+def in_pixels(model, images):
+    """Two boxes in each image by their corners, and their classes."""
     corners = np.array([[4, 4, 20, 24], [10, 30, 50, 60]], "float32")
-    return {
-        "boxes": np.tile(corners, (rows, 1, 1)),
-        "labels": np.tile(np.array([0, 2], "float32"), (rows, 1)),
-    }
+    return _labelled(images, corners)
+
+
+def in_shares(model, images):
+    """The same by their centers and sizes, as shares of the image."""
+    centers = np.array([[0.2, 0.2, 0.2, 0.3], [0.5, 0.7, 0.6, 0.5]], "float32")
+    return _labelled(images, centers)
+
+
+def _labelled(images, boxes):
+    rows = len(images)
+    labels = np.tile(np.array([0, 2], "int32"), (rows, 1))
+    return {"boxes": np.tile(boxes, (rows, 1, 1)), "labels": labels}
 
 
 CASES: tuple[Case, ...] = (
@@ -299,10 +391,12 @@ CASES: tuple[Case, ...] = (
     task(
         "RetinaNetObjectDetector",
         RETINANET,
-        dict(labels=boxes),
+        dict(labels=in_pixels),
         num_classes=3,
         pre_logits_num_conv_layers=1,
         # Without it the head's first steps turn its activations off.
         use_prediction_head_norm=True,
     ),
+    DFINE,
+    task("DFineObjectDetector", DFINE, dict(labels=in_shares), num_classes=3),
 )
