@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from keras_peft.export.report import ExportReport
     from keras_peft.merge import MergeReport
 
-__all__ = ["to_onnx", "verify"]
+__all__ = ["to_litert", "to_onnx", "verify"]
 
 
 def to_onnx(
@@ -93,16 +93,90 @@ def to_onnx(
     )
 
 
+def to_litert(
+    model: "keras.Model",
+    folder: str | Path,
+    quantize: str | None = None,
+    calibration: Any = None,
+    tolerance: float | None = None,
+    preprocessor: Any = None,
+    labels: Sequence[str] | None = None,
+    evaluation: tuple[Any, Any] | None = None,
+    merge_report: "MergeReport | None" = None,
+) -> "ExportReport":
+    """Writes a folder that runs `model` on LiteRT, and checks it.
+
+    LiteRT, once TensorFlow Lite, is the runtime of Android and of small
+    devices. The folder holds `model.tflite` and, as `to_onnx` writes them,
+    the tokenizer that trained, the settings around it, a manifest, a report
+    and a README with code. It appears whole or not at all.
+
+    The file needs the operators that every LiteRT runtime has, and no other.
+    Sizes that the model leaves free stay free: `resize_tensor_input`, or a
+    signature runner, sets them. Before anything is written, the file is run
+    on other sizes than it was made with and compared with Keras.
+
+    Args:
+        model: A built Keras model, on any backend. Adapters that can be
+            merged must be, with `keras_peft.merge`.
+        folder: Where to write. A new folder, or an older export.
+        quantize: `None` for float32, `"float16"` for half the bytes, or
+            `"int8"` for a quarter: kernels and token tables in 8 bits, one
+            scale per output or token, activations in floating point.
+        calibration: Real samples to check on, as in `to_onnx`.
+        tolerance: Largest accepted difference from Keras, as in `to_onnx`.
+        preprocessor: A keras-hub preprocessor, tokenizer or image converter.
+            By default `model.preprocessor`, where there is one. `False`
+            leaves it out of the folder.
+        labels: Names of the classes, in the order of the outputs.
+        evaluation: `(inputs, labels)` to report accuracy on before and after
+            each step, as in `to_onnx`.
+        merge_report: What `keras_peft.merge` returned, to be shown in the
+            report.
+
+    Returns:
+        An `ExportReport`; `print` shows size, latency and quality by step.
+
+    Raises:
+        ValueError: If an argument does not fit, the model carries adapters
+            that can be merged, or a check fails. The folder is then as it was.
+        ImportError: If `pip install keras-peft[litert]` is missing.
+        TracingError: If the converter does not take the model.
+
+    Example:
+    ```python
+    keras_peft.merge(classifier)
+    report = keras_peft.export.to_litert(
+        classifier, "sentiment/", quantize="int8"
+    )
+    print(report)
+    ```
+    """
+    from keras_peft.export import deploy
+
+    return deploy.to_litert(
+        model,
+        folder,
+        quantize=quantize,
+        calibration=calibration,
+        tolerance=tolerance,
+        preprocessor=preprocessor,
+        labels=labels,
+        evaluation=evaluation,
+        merge_report=merge_report,
+    )
+
+
 def verify(
     folder: str | Path, model: "keras.Model", samples: Any = None
 ) -> "ExportReport":
     """Checks a folder again: later, elsewhere, after a copy.
 
-    Every file is compared with the manifest, then `model.onnx` is run in the
-    ONNX Runtime of this machine and compared with the Keras model.
+    Every file is compared with the manifest, then the model in the folder is
+    run in the runtime of this machine and compared with the Keras model.
 
     Args:
-        folder: A folder that `to_onnx` wrote.
+        folder: A folder that `to_onnx` or `to_litert` wrote.
         model: The Keras model it was exported from, as it was then.
         samples: Samples to compare on, as in `to_onnx`; made up by default.
 

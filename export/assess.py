@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 from typing import Any
 
 import keras
@@ -14,12 +13,10 @@ from keras_peft.export import samples
 from keras_peft.export.report import ExportReport
 from keras_peft.export.report import Step
 from keras_peft.export.result import Forward
+from keras_peft.export.result import ModelFile
 from keras_peft.export.result import Verification
 from keras_peft.export.signature import Signature
 from keras_peft.export.signature import read_signature
-
-if TYPE_CHECKING:
-    import onnx
 
 # One core is what a small device has, and what a busy server leaves.
 THREADS = 1
@@ -43,27 +40,27 @@ class Evaluation:
 
 def assess(
     model: keras.Model,
-    graphs: Mapping[str, "onnx.ModelProto"],
+    files: Mapping[str, ModelFile],
     checks: Sequence[Verification],
     evaluation: Evaluation | None = None,
     labels: Sequence[str] | None = None,
 ) -> ExportReport:
-    """Measures Keras and every graph side by side.
+    """Measures Keras and every file side by side.
 
     Args:
         model: The Keras model that was exported.
-        graphs: `{"float32": graph, "int8": graph}`, the file last.
-        checks: How far each graph is from Keras.
+        files: `{"float32": file, "int8": file}`, the one to ship last.
+        checks: How far each file is from Keras.
         evaluation: Labeled samples to measure accuracy on.
         labels: Names of the classes.
     """
     signature = read_signature(model)
     forms = {"keras": _keras_form(model, signature)}
-    forms |= {n: measure.runner(g, THREADS) for n, g in graphs.items()}
+    forms |= {n: file.runner(THREADS) for n, file in files.items()}
     batch = _typical_batch(model, signature, evaluation)
     times = measure.median_latencies(forms, batch)
     sizes = {"keras": sum(_num_bytes(v) for v in model.variables)}
-    sizes |= {name: graph.ByteSize() for name, graph in graphs.items()}
+    sizes |= {name: file.num_bytes for name, file in files.items()}
     steps = {name: Step(name, sizes[name], times[name]) for name in forms}
     for check in checks:
         steps[check.step] = dataclasses.replace(
@@ -72,8 +69,12 @@ def assess(
             relative=check.relative,
             cosine=check.cosine,
         )
+    shipped = [*files.values()][-1]
     report = ExportReport(
-        model.name, tuple(steps.values()), _in_words(batch, len(forms))
+        model.name,
+        tuple(steps.values()),
+        _in_words(batch, len(forms), shipped.runtime),
+        format=shipped.format,
     )
     if evaluation is None:
         return report
@@ -113,11 +114,13 @@ def _typical_batch(
     return samples.make_batch(model, signature, sizes, seed=3)
 
 
-def _in_words(batch: Mapping[str, np.ndarray], num_forms: int) -> str:
+def _in_words(
+    batch: Mapping[str, np.ndarray], num_forms: int, runtime: str
+) -> str:
     shapes = ", ".join(f"{name} {value.shape}" for name, value in batch.items())
     return (
         f"Median of 15 calls, the {num_forms} forms taking turns; one sample, "
-        f"{shapes}. ONNX Runtime on {THREADS} processor thread; Keras called "
+        f"{shapes}. {runtime} on {THREADS} processor thread; Keras called "
         f"directly on {keras.config.backend()}, with its own threads."
     )
 

@@ -36,7 +36,8 @@ def run_graph(
     graph: "onnx.ModelProto", batches: Sequence[Batch]
 ) -> list[list[np.ndarray]]:
     """What ONNX Runtime gives for every batch."""
-    return [*map(forward(graph), batches)]
+    run = forward(graph)
+    return [list(run(batch)) for batch in batches]
 
 
 def forward(graph: "onnx.ModelProto") -> Forward:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import keras
 
-from keras_peft.export import measure
 from keras_peft.export import samples as inputs
 from keras_peft.export.adapters import adapter_problems
 from keras_peft.export.adapters import taken_positions
@@ -21,15 +21,15 @@ from keras_peft.export.batches import padding_is_free
 from keras_peft.export.batches import read_rows
 from keras_peft.export.build import build_onnx
 from keras_peft.export.comparison import compare
-from keras_peft.export.comparison import forward
 from keras_peft.export.comparison import reference_outputs
-from keras_peft.export.comparison import rounding_bound
-from keras_peft.export.folder import MODEL
 from keras_peft.export.folder import check_target
 from keras_peft.export.folder import read_folder
 from keras_peft.export.folder import write_folder
+from keras_peft.export.onnx_file import OnnxFile
 from keras_peft.export.preprocessor import describe_preprocessor
 from keras_peft.export.report import ExportReport
+from keras_peft.export.result import ModelFile
+from keras_peft.export.result import Result
 from keras_peft.export.result import TensorSpec
 from keras_peft.export.result import Verification
 from keras_peft.export.signature import Signature
@@ -41,17 +41,33 @@ SPREAD = 10
 
 
 def to_onnx(
-    model: keras.Model,
-    folder: str | Path,
-    quantize: str | None = None,
-    calibration: Any = None,
-    tolerance: float | None = None,
-    preprocessor: Any = None,
-    labels: Sequence[str] | None = None,
-    evaluation: tuple[Any, Any] | None = None,
-    merge_report: Any = None,
+    model: keras.Model, folder: str | Path, **options: Any
 ) -> ExportReport:
     """See `keras_peft.export.to_onnx`."""
+    return _deploy(build_onnx, model, folder, **options)
+
+
+def to_litert(
+    model: keras.Model, folder: str | Path, **options: Any
+) -> ExportReport:
+    """See `keras_peft.export.to_litert`."""
+    from keras_peft.export.litert.build import build_litert
+
+    return _deploy(build_litert, model, folder, **options)
+
+
+def _deploy(
+    build: Callable[..., Result],
+    model: keras.Model,
+    folder: str | Path,
+    quantize: str | None,
+    calibration: Any,
+    tolerance: float | None,
+    preprocessor: Any,
+    labels: Sequence[str] | None,
+    evaluation: tuple[Any, Any] | None,
+    merge_report: Any,
+) -> ExportReport:
     if preprocessor is None:
         preprocessor = getattr(model, "preprocessor", None)
     preprocessor = preprocessor or None  # `False` leaves it out.
@@ -63,26 +79,26 @@ def to_onnx(
     if texts:
         rows = read_rows(texts, preprocessor, specs, trim=True)
         calibration = list(rows.batches)
-    result = build_onnx(model, quantize, calibration, tolerance)
+    result = build(model, quantize, calibration, tolerance)
     text = preprocessing.text
     trim = text is not None and padding_is_free(
-        measure.runner(result.float_model), preprocessor, text, specs
+        result.float_file.runner(), preprocessor, text, specs
     )
     if trim and text is not None:
         text.pad_to_longest()
-    graphs = {"float32": result.float_model}
+    files = {"float32": result.float_file}
     if quantize is not None:
-        graphs[quantize] = result.model
+        files[quantize] = result.file
     report = assess(
         model,
-        graphs,
+        files,
         result.verification,
         _evaluation(evaluation, preprocessor, specs, trim),
         labels,
     )
     report = dataclasses.replace(
         report,
-        weights=measure.weight_errors(result.float_model, result.model),
+        weights=result.file.weight_errors(result.float_file),
         weights_left_float=result.weights_left_float,
         merge_errors=dict(merge_report.errors) if merge_report else None,
         tracer=result.tracer,
@@ -96,8 +112,6 @@ def verify(
     folder: str | Path, model: keras.Model, samples: Any = None
 ) -> ExportReport:
     """See `keras_peft.export.verify`."""
-    import onnx
-
     folder, manifest = read_folder(folder)
     problems = adapter_problems(model)
     if problems:
@@ -105,19 +119,28 @@ def verify(
     signature = read_signature(model)
     _check_inputs(signature, manifest)
     batches = _batches(model, signature, samples)
-    graph = onnx.load(folder / MODEL)
+    file = _read_file(folder)
     references = [reference_outputs(model, signature, b) for b in batches]
     step = manifest["quantization"] or "float32"
-    check = compare(forward(graph), batches, references, step)
+    check = compare(file.runner(), batches, references, step)
     recorded = json.loads((folder / "report.json").read_text("utf-8"))
-    _compare_with_export(check, recorded["steps"][-1], rounding_bound(graph))
-    return assess(model, {step: graph}, [check])
+    last = recorded["steps"][-1]
+    _compare_with_export(check, last, file.rounding_bound())
+    return assess(model, {step: file}, [check])
+
+
+def _read_file(folder: Path) -> ModelFile:
+    if (folder / OnnxFile.name).exists():
+        return OnnxFile.read(folder / OnnxFile.name)
+    from keras_peft.export.litert.file import LiteRtFile
+
+    return LiteRtFile.read(folder / LiteRtFile.name)
 
 
 def _compare_with_export(
     check: Verification, recorded: Mapping[str, Any], rounding: float
 ) -> None:
-    """Raises if the graph is further from Keras than when it was exported."""
+    """Raises if the file is further from Keras than when it was exported."""
     relative = max(SPREAD * recorded["relative"], rounding)
     cosine = 1 - max(SPREAD * (1 - recorded["cosine"]), rounding)
     if check.relative <= relative and check.cosine >= cosine:

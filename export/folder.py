@@ -5,57 +5,38 @@ import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 from typing import Any
 
 import keras_peft
 from keras_peft.export.preprocessor import Preprocessing
 from keras_peft.export.report import ExportReport
-from keras_peft.export.result import OnnxResult
+from keras_peft.export.result import ModelFile
+from keras_peft.export.result import Result
 from keras_peft.export.result import TensorSpec
 from keras_peft.export.snippet import readme
 from keras_peft.files import existing_folder
 from keras_peft.files import whole_folder
 
-if TYPE_CHECKING:
-    import onnx
-
 FORMAT = "keras_peft.export/1"
 MANIFEST = "manifest.json"
-MODEL = "model.onnx"
-# A protocol buffer ends at 2 GB; weights then go to a file beside it.
-LARGEST_MESSAGE = 2**31 - 2**20
-# First ONNX Runtime that reads an opset, and one that reads an IR version.
-RUNTIME_OF_OPSET = {
-    17: "1.12",
-    18: "1.14",
-    19: "1.16",
-    20: "1.17",
-    21: "1.18",
-    22: "1.21",
-    23: "1.23",
-}
-RUNTIME_OF_IR = {8: "1.10", 9: "1.16", 10: "1.18", 11: "1.21", 12: "1.23"}
 
 
 def write_folder(
     folder: str | Path,
-    result: OnnxResult,
+    result: Result,
     preprocessing: Preprocessing,
     labels: Sequence[str] | None,
     report: ExportReport,
 ) -> None:
     """Writes everything a device needs to `folder`, or leaves it as it was."""
     with whole_folder(folder) as staging:
-        _write_model(result.model, staging)
+        result.file.write(staging)
         preprocessing.write(staging)
         if labels:
             write_json(staging / "labels.json", list(labels))
         report.write(staging)
         names = sorted(file.name for file in staging.iterdir())
-        text = readme(
-            report, [*names, MANIFEST], result.inputs, preprocessing, labels
-        )
+        text = readme(report, [*names, MANIFEST], result, preprocessing, labels)
         (staging / "README.md").write_text(text, "utf-8")
         write_json(staging / MANIFEST, _manifest(staging, result, report))
 
@@ -91,7 +72,7 @@ def read_folder(folder: str | Path) -> tuple[Path, dict[str, Any]]:
         )
     if not _is_export(folder):
         raise ValueError(
-            "The folder was not made by `keras_peft.export.to_onnx`: its "
+            "The folder was not made by `keras_peft.export`: its "
             f"`{MANIFEST}` is missing or not ours. "
             f"Received: folder={str(folder)!r}"
         )
@@ -116,18 +97,6 @@ def write_json(path: Path, content: Any) -> None:
     """Writes indented JSON that ends in a newline."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", "utf-8")
-
-
-def _write_model(model: "onnx.ModelProto", folder: Path) -> None:
-    import onnx
-
-    large = model.ByteSize() > LARGEST_MESSAGE
-    onnx.save_model(
-        model,
-        folder / MODEL,
-        save_as_external_data=large,
-        location=f"{MODEL}.data",
-    )
 
 
 def _is_export(folder: Path) -> bool:
@@ -155,20 +124,16 @@ def _wrong_files(folder: Path, files: dict[str, Any]) -> list[str]:
 
 
 def _manifest(
-    folder: Path, result: OnnxResult, report: ExportReport
+    folder: Path, result: Result, report: ExportReport
 ) -> dict[str, Any]:
-    opsets = {
-        o.domain or "ai.onnx": o.version for o in result.model.opset_import
-    }
     return {
         "format": FORMAT,
         "model": report.model,
         "quantization": result.quantize,
-        "min_onnxruntime": _minimum_runtime(result.model),
         "inputs": [_entry(spec) for spec in result.inputs],
         "outputs": [_entry(spec) for spec in result.outputs],
-        "opset": opsets,
-        "versions": _versions(),
+        **result.file.requirements(),
+        "versions": _versions(result.file),
         "files": {
             file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             for file in sorted(folder.iterdir())
@@ -180,18 +145,8 @@ def _entry(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
 
-def _minimum_runtime(model: "onnx.ModelProto") -> str:
-    opset = max(o.version for o in model.opset_import if not o.domain)
-    newest = importlib.metadata.version("onnxruntime")
-    found = [
-        RUNTIME_OF_OPSET.get(max(opset, 17), newest),
-        RUNTIME_OF_IR.get(max(model.ir_version, 8), newest),
-    ]
-    return max(found, key=lambda v: tuple(map(int, v.split(".")[:2])))
-
-
-def _versions() -> dict[str, str]:
-    packages = ("keras", "keras-hub", "onnx", "onnxruntime", "tokenizers")
+def _versions(file: ModelFile) -> dict[str, str]:
+    packages = ("keras", "keras-hub", *file.packages, "tokenizers")
     versions = {"keras_peft": keras_peft.__version__}
     for package in packages:
         versions[package] = importlib.metadata.version(package)

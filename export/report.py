@@ -91,6 +91,7 @@ class ExportReport:
         merge_errors: Rounding error of every merged layer by its path.
         tracer: What made the graph.
         notes: Sentences a user should read.
+        format: The format of the file: `"ONNX"` or `"LiteRT"`.
     """
 
     model: str
@@ -103,6 +104,7 @@ class ExportReport:
     merge_errors: Mapping[str, float] | None = None
     tracer: str = ""
     notes: tuple[str, ...] = ()
+    format: str = "ONNX"
 
     @property
     def final(self) -> Step:

@@ -55,7 +55,7 @@ def render(report: ExportReport) -> str:
 def _head(report: ExportReport) -> str:
     final, first = report.final, report.steps[0]
     saved = first.num_bytes / max(final.num_bytes, 1)
-    lead = f"Exported to ONNX as {escape(title(final))}"
+    lead = f"Exported to {report.format} as {escape(title(final))}"
     if saved >= 1.2:
         lead += f", {saved:.1f} times smaller than in Keras"
     if final.agreement is not None:

@@ -4,13 +4,17 @@ import dataclasses
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import ClassVar
+from typing import Protocol
 
 if TYPE_CHECKING:
     import onnx
 
     from keras_peft.export.litert.file import LiteRtFile
+    from keras_peft.export.report import WeightError
 
 # What a form of the model gives for a batch: its outputs, in order.
 Forward = Callable[[Mapping[str, Any]], Sequence[Any]]
@@ -66,6 +70,41 @@ class FloatWeight:
     reason: str
 
 
+class ModelFile(Protocol):
+    """What a report and a folder need of a file, whatever runs it.
+
+    Attributes:
+        name: What the file is called in a folder.
+        format: What its format is called.
+        runtime: What runs it.
+        packages: The packages that made it, for the manifest.
+    """
+
+    name: ClassVar[str]
+    format: ClassVar[str]
+    runtime: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+
+    def runner(self, threads: int = 1) -> Forward:
+        """The file as a function, in the runtime of this machine."""
+
+    def rounding_bound(self) -> float:
+        """How far two correct float32 evaluations may be apart."""
+
+    def weight_errors(self, exact: Any) -> "tuple[WeightError, ...]":
+        """How far each weight is from that of the float32 file."""
+
+    def write(self, folder: Path) -> None:
+        """Writes the file into a folder."""
+
+    def requirements(self) -> dict[str, Any]:
+        """What a runtime must be able to do, for the manifest."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """An exported, optimized and checked model, still in memory.
@@ -98,6 +137,16 @@ class Result:
     weights_left_float: tuple[FloatWeight, ...]
     sizes: Mapping[str, int]
 
+    @property
+    def file(self) -> "ModelFile":
+        """`model` as a folder and a report need it."""
+        return self.model
+
+    @property
+    def float_file(self) -> "ModelFile":
+        """`float_model` likewise."""
+        return self.float_model
+
 
 @dataclasses.dataclass(frozen=True)
 class OnnxResult(Result):
@@ -105,6 +154,18 @@ class OnnxResult(Result):
 
     model: "onnx.ModelProto"
     float_model: "onnx.ModelProto"
+
+    @property
+    def file(self) -> "ModelFile":
+        from keras_peft.export.onnx_file import OnnxFile
+
+        return OnnxFile(self.model)
+
+    @property
+    def float_file(self) -> "ModelFile":
+        from keras_peft.export.onnx_file import OnnxFile
+
+        return OnnxFile(self.float_model)
 
 
 @dataclasses.dataclass(frozen=True)

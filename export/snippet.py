@@ -1,5 +1,6 @@
 """The README of an exported folder, with code that runs exactly this model."""
 
+import dataclasses
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from keras_peft.export.preprocessor import Preprocessing
 from keras_peft.export.report import ExportReport
 from keras_peft.export.report import megabytes
+from keras_peft.export.result import Result
 from keras_peft.export.result import TensorSpec
 from keras_peft.export.text import SENTENCE_PIECE_FILE
 
@@ -18,6 +20,7 @@ DEFAULT_FREE_AXIS = 16
 FILES = {
     "model.onnx": "the model",
     "model.onnx.data": "its weights",
+    "model.tflite": "the model",
     "tokenizer.json": "text to ids, as in training (Hugging Face `tokenizers`)",
     SENTENCE_PIECE_FILE: "text to ids, as in training (SentencePiece)",
     "preprocessor.json": "which input gets what, and how it is prepared",
@@ -28,10 +31,57 @@ FILES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """How a runtime is written in Python.
+
+    Attributes:
+        package: What `pip` calls it.
+        imported: The line that imports it.
+        load: The line that reads the file.
+        run: The line that turns `inputs` into `outputs`.
+        listed: The lines that show what comes out.
+        first: The first row of the first output.
+    """
+
+    package: str
+    imported: str
+    load: str
+    run: str
+    listed: tuple[str, ...]
+    first: str
+
+
+CLIENTS = {
+    "ONNX": Client(
+        package="onnxruntime",
+        imported="import onnxruntime",
+        load='session = onnxruntime.InferenceSession("model.onnx")',
+        run="outputs = session.run(None, inputs)",
+        listed=(
+            "for spec, output in zip(session.get_outputs(), outputs):",
+            "    print(spec.name, output.shape)",
+        ),
+        first="outputs[0][0]",
+    ),
+    "LiteRT": Client(
+        package="ai-edge-litert",
+        imported="from ai_edge_litert.interpreter import Interpreter",
+        load='run = Interpreter("model.tflite").get_signature_runner()',
+        run="outputs = run(**inputs)",
+        listed=(
+            "for name, output in outputs.items():",
+            "    print(name, output.shape)",
+        ),
+        first='outputs["{output}"][0]',
+    ),
+}
+
+
 def readme(
     report: ExportReport,
     files: Sequence[str],
-    inputs: Sequence[TensorSpec],
+    result: Result,
     preprocessing: Preprocessing,
     labels: Sequence[str] | None,
 ) -> str:
@@ -39,7 +89,8 @@ def readme(
     table = "\n".join(
         f"| `{name}` | {FILES[name]} |" for name in FILES if name in files
     )
-    packages = " ".join(_packages(preprocessing))
+    client = CLIENTS[report.format]
+    packages = " ".join([client.package, "numpy", *_packages(preprocessing)])
     return f"""# {report.model}
 
 {_summary(report)}
@@ -49,7 +100,7 @@ def readme(
 `pip install {packages}`, then in this folder:
 
 ```python
-{code(inputs, preprocessing, labels)}
+{code(result.inputs, preprocessing, labels, client, result.outputs)}
 ```
 
 ## Files
@@ -62,7 +113,8 @@ def readme(
 
 def _summary(report: ExportReport) -> str:
     final = report.final
-    parts = [f"An ONNX model of {megabytes(final.num_bytes)} ({final.name})"]
+    size = megabytes(final.num_bytes)
+    parts = [f"A model for {report.format} of {size} ({final.name})"]
     if final.latency_ms is not None:
         parts.append(f"{final.latency_ms:.1f} ms per sample")
     if final.accuracy is not None:
@@ -72,30 +124,33 @@ def _summary(report: ExportReport) -> str:
 
 def _packages(preprocessing: Preprocessing) -> list[str]:
     if preprocessing.text is None:
-        return ["onnxruntime", "numpy"]
+        return []
     exact = preprocessing.text.tokenizer is not None
-    name = "tokenizers" if exact else "sentencepiece"
-    return ["onnxruntime", "numpy", name]
+    return ["tokenizers" if exact else "sentencepiece"]
 
 
 def code(
     inputs: Sequence[TensorSpec],
     preprocessing: Preprocessing,
     labels: Sequence[str] | None = None,
+    client: Client = CLIENTS["ONNX"],
+    outputs: Sequence[TensorSpec] = (),
 ) -> str:
     """A Python script that runs the model once, without Keras."""
-    packages = sorted({"onnxruntime", *_packages(preprocessing)} - {"numpy"})
-    imports = ["import json\n"] if labels else []
-    imports += ["import numpy as np"]
-    imports += [f"import {package}" for package in packages]
+    own = [f"import {package}" for package in _packages(preprocessing)]
+    first = client.first.format(output=outputs[0].name if outputs else "")
     return "\n".join(
         [
-            *imports,
+            *(["import json", ""] if labels else []),
+            *sorted(
+                ["import numpy as np", client.imported, *own],
+                key=lambda line: (line.startswith("from"), line),
+            ),
             "",
-            'session = onnxruntime.InferenceSession("model.onnx")',
+            client.load,
             *_prepare(inputs, preprocessing),
-            "outputs = session.run(None, inputs)",
-            *_show(labels),
+            client.run,
+            *(_show(first) if labels else client.listed),
         ]
     )
 
@@ -195,14 +250,9 @@ def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _show(labels: Sequence[str] | None) -> list[str]:
-    if not labels:
-        return [
-            "for spec, output in zip(session.get_outputs(), outputs):",
-            "    print(spec.name, output.shape)",
-        ]
+def _show(first: str) -> list[str]:
     return [
         'with open("labels.json", encoding="utf-8") as file:',
         "    labels = json.load(file)",
-        "print(labels[outputs[0][0].argmax()], outputs[0][0])",
+        f"print(labels[{first}.argmax()], {first})",
     ]

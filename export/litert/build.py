@@ -59,7 +59,8 @@ def build_litert(
         bound = tolerance
     steps = [checks.compare(exact.runner(), "float32", bound)]
     enforce(steps[0])
-    final, left_float = exact, ()
+    final = exact
+    left_float: tuple[FloatWeight, ...] = ()
     if quantize is not None:
         content, left_float = _quantized(exact.content, quantize)
         final = LiteRtFile(content)

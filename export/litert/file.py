@@ -7,13 +7,16 @@ import itertools
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
 from keras_peft.export import comparison
 from keras_peft.export.litert import flatbuffer
 from keras_peft.export.litert.trace import SIGNATURE
+from keras_peft.export.report import WeightError
 from keras_peft.export.result import Forward
 
 _PRODUCTS = (
@@ -37,6 +40,16 @@ class LiteRtFile:
     """
 
     content: bytes
+
+    name: ClassVar[str] = "model.tflite"
+    format: ClassVar[str] = "LiteRT"
+    runtime: ClassVar[str] = "LiteRT"
+    packages: ClassVar[tuple[str, ...]] = ("ai-edge-litert", "tensorflow")
+
+    @classmethod
+    def read(cls, path: Path) -> "LiteRtFile":
+        """The content of a file."""
+        return cls(path.read_bytes())
 
     @property
     def num_bytes(self) -> int:
@@ -78,10 +91,67 @@ class LiteRtFile:
             if graph.kind(node) in _PRODUCTS
         )
 
+    def weight_errors(self, exact: "LiteRtFile") -> tuple[WeightError, ...]:
+        """How far each weight is from that of the float32 file."""
+        stored = dict(_stored(self.tree))
+        errors = {}
+        for name, (weight, _) in _stored(exact.tree):
+            value, dtype = stored.get(name, (weight, "float32"))
+            if dtype == "float32" or weight.size == 1:
+                continue
+            change = float(np.linalg.norm((value - weight).ravel()))
+            relative = change / max(float(np.linalg.norm(weight)), 1e-30)
+            errors[name] = WeightError(name, weight.shape, relative, dtype)
+        return tuple(sorted(errors.values(), key=lambda e: -e.relative))
+
+    def write(self, folder: Path) -> None:
+        """Writes the file."""
+        (folder / self.name).write_bytes(self.content)
+
+    def requirements(self) -> dict[str, Any]:
+        """The operators that a runtime must have."""
+        found = {
+            graph.kind(node)
+            for graph in flatbuffer.graphs(self.tree)
+            for node in graph.nodes
+        }
+        return {"operators": sorted(found)}
+
     @functools.cached_property
     def tree(self) -> Any:
         """The objects of the file, to be read only."""
         return flatbuffer.read(self.content)
+
+
+def _stored(tree: Any) -> Iterator[tuple[str, tuple[np.ndarray, str]]]:
+    """Weights by name: their values, and the type they are stored in."""
+    for graph in flatbuffer.graphs(tree):
+        scales = {
+            graph.name(index).removesuffix("/scale"): graph.array(index)
+            for index in range(len(graph.tensors))
+            if graph.name(index).endswith("/scale")
+        }
+        for index, tensor in enumerate(graph.tensors):
+            content, name = graph.array(index), graph.name(index)
+            if content is None or content.dtype not in ("f4", "f2", "i1"):
+                continue
+            value = content.astype("float64")
+            if content.dtype == "i1":
+                factors = _factors(tensor, scales.get(name))
+                if factors is None:
+                    continue
+                value *= factors
+            yield name, (value, content.dtype.name)
+
+
+def _factors(tensor: Any, scales: np.ndarray | None) -> np.ndarray | None:
+    """What the integers of a tensor are multiplied by."""
+    settings = tensor.quantization
+    if settings is None or settings.scale is None:
+        return scales
+    shape = np.ones(len(tensor.shape), int)
+    shape[settings.quantizedDimension] = -1
+    return settings.scale.reshape(shape)
 
 
 def name_interface(

@@ -83,18 +83,26 @@ def _quantize(
         axis = content.ndim - 1
     integers, scale = _integers(content, axis)
     graph.set_array(index, integers)
-    graph.tensors[index].quantization = schema.QuantizationParametersT(
-        scale=scale,
-        zeroPoint=np.zeros(scale.size, "int64"),
-        quantizedDimension=axis,
-    )
-    others = []
-    for use, kind in zip(uses, kinds, strict=True):
-        if kind == "GATHER" and _reads_rows(use[0], content):
-            _look_up(graph, index, scale, use[0])
-        elif kind != "FULLY_CONNECTED" or use[1] != 1:
-            others.append(use)
-    _restore(graph, index, others)
+    tables, others = [], []
+    for (node, position), kind in zip(uses, kinds, strict=True):
+        if kind == "GATHER" and _reads_rows(node, content):
+            tables.append(node)
+        elif kind != "FULLY_CONNECTED" or position != 1:
+            others.append((node, position))
+    # A GATHER asks for the scales of its input again on its output, but there
+    # is one per row: it reads a tensor of the integers alone.
+    rows = index
+    if len(tables) < len(uses):
+        rows = graph.constant(f"{graph.name(index)}/rows", integers)
+        graph.tensors[index].quantization = schema.QuantizationParametersT(
+            scale=scale,
+            zeroPoint=np.zeros(scale.size, "int64"),
+            quantizedDimension=axis,
+        )
+    for gather in tables:
+        _look_up(graph, rows, scale, gather)
+    if others:
+        _restore(graph, index, others)
 
 
 def _reads_rows(gather: Any, content: np.ndarray) -> bool:
@@ -111,17 +119,10 @@ def _integers(content: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(content / scale).astype("int8"), scale.reshape(-1)
 
 
-def _look_up(graph: Graph, index: int, scale: np.ndarray, gather: Any) -> None:
+def _look_up(graph: Graph, rows: int, scale: np.ndarray, gather: Any) -> None:
     """Makes a GATHER read integers, and multiplies each row by its scale."""
-    name, (ids, output) = (
-        graph.name(index),
-        (gather.inputs[1], gather.outputs[0]),
-    )
-    table = graph.tensors[index]
-    # Integers without scales: a GATHER asks for those of its input again on
-    # its output, and there is one per row.
-    rows = graph.constant(f"{name}/rows", graph.array(index))
-    graph.tensors[rows].buffer = table.buffer
+    name = graph.name(rows).removesuffix("/rows")
+    ids, output = gather.inputs[1], gather.outputs[0]
     scales = graph.constant(f"{name}/scale", scale[:, None])
     found = graph.computed(f"{name}/found", "int8", like=output)
     floats = graph.computed(f"{name}/floats", "float32", like=output)
@@ -143,8 +144,6 @@ _INT8_TO_FLOAT = schema.CastOptionsT(
 
 def _restore(graph: Graph, index: int, uses: list[Use]) -> None:
     """Gives operators the float32 numbers of a constant in fewer bits."""
-    if not uses:
-        return
     name = f"{graph.name(index)}/float32"
     floats = graph.computed(name, "float32", like=index)
     for node, position in uses:
