@@ -15,8 +15,8 @@ class LoRA(keras.layers.Wrapper):
     model already.
 
     Args:
-        layer: The layer to adapt: a `Dense`, `EinsumDense`, `Embedding` or
-            convolution.
+        layer: The layer to adapt: a `Dense`, `EinsumDense`, `Embedding`,
+            convolution or recurrent layer.
         rank: Positive integer. Size of the shared inner axis.
         alpha: Number, or `None` for the rank: the scale is `alpha / rank`.
         dropout: Float in `[0, 1)`.
@@ -48,6 +48,7 @@ class LoRA(keras.layers.Wrapper):
     ):
         kwargs.setdefault("dtype", layer.dtype_policy)
         super().__init__(layer, **kwargs)
+        self.supports_masking = layer.supports_masking
         self.method = Settings(
             rank, alpha, dropout, scaling, init, decompose, use_bias=use_bias
         )
@@ -71,6 +72,9 @@ class LoRA(keras.layers.Wrapper):
 
     def call(self, inputs, *args, **kwargs):
         return self.layer(inputs, *args, **kwargs)
+
+    def compute_mask(self, inputs, previous_mask):
+        return self.layer.compute_mask(inputs, previous_mask)
 
     def compute_output_shape(self, input_shape):
         return self.layer.compute_output_shape(input_shape)

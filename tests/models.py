@@ -251,8 +251,8 @@ def outputs(model, name):
     )
 
 
-def fit(model, name, epochs=2, **kwargs):
-    """Trains with plain `fit`; returns the losses."""
+def fit(model, name, epochs=2, optimizer=None, **kwargs):
+    """Trains with plain `fit`, Adam by default; returns the losses."""
     inputs, targets = data(name)
     if name == "bert-backbone":
         targets = {
@@ -262,7 +262,8 @@ def fit(model, name, epochs=2, **kwargs):
         objective = {key: "mse" for key in targets}
     else:
         objective = keras.losses.SparseCategoricalCrossentropy(True)
-    model.compile(optimizer=keras.optimizers.Adam(0.01), loss=objective)
+    optimizer = optimizer or keras.optimizers.Adam(0.01)
+    model.compile(optimizer=optimizer, loss=objective)
     # keras-hub's own `fit` adds a preprocessing pipeline around this one.
     history = keras.Model.fit(
         model,
