@@ -16,9 +16,9 @@ def apply(model: ir.Model) -> int:
       moves in front of the Reshape that splits the last axis again.
     - `aecd,abcd->acbe` of two activations with one contracted axis:
       Transposes around a batched MatMul.
+    - `bi,j->bij`, an outer product as of rotary angles: a Mul.
 
-    Left alone: an einsum that contracts nothing (rotary angles,
-    `bi,j->bij`), or whose contracted axes are not the last of its input.
+    Left alone: an einsum whose contracted axes are not the last of its input.
     """
     count = 0
     for node in rewriting.nodes(model, "Einsum"):
@@ -31,11 +31,23 @@ def apply(model: ir.Model) -> int:
         left, right = terms.split(",")
         if any(len(set(term)) != len(term) for term in (left, right)):
             continue
-        if rewriting.array(node.inputs[1]) is not None:
+        if left + right == out:
+            count += _outer(model, node, len(right))
+        elif rewriting.array(node.inputs[1]) is not None:
             count += _with_kernel(model, node, left, right, out)
         elif rewriting.array(node.inputs[0]) is None:
             count += _batched(node, left, right, out)
     return count
+
+
+def _outer(model: ir.Model, node: ir.Node, added: int) -> bool:
+    first, second = node.inputs
+    axes = np.arange(-added, 0, dtype="int64")
+    axes = rewriting.constant(model, "axes", axes)
+    first = rewriting.before(node, "Unsqueeze", [first, axes])
+    result = rewriting.before(node, "Mul", [first, second])
+    rewriting.replace(node.outputs[0], result)
+    return True
 
 
 def _with_kernel(

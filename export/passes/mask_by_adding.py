@@ -1,4 +1,4 @@
-"""A key mask that is added once, not selected twice per layer."""
+"""A mask of scores that is added once, not selected twice per layer."""
 
 import numpy as np
 import onnx_ir as ir
@@ -15,14 +15,12 @@ def apply(model: ir.Model) -> int:
 
     Keras computes `where(mask, softmax(where(mask, scores, -large)), 0)`.
     Softmax gives a masked key exactly 0 beside any other key, so the outer
-    selection matters to rows without a key alone. Where the mask is the same
-    for all rows (it has size 1 on their axis), this equals
+    selection matters to rows without a key alone. So this equals
 
-        softmax(scores + bias), times `any(mask)` after the product with the
-        values,
+        softmax(scores + bias), times `any(mask)` of every row after the
+        product with the values,
 
-    and `bias` and `any(mask)` are computed once for all layers. Left alone:
-    masks that differ by row, as causal ones do.
+    and `bias` and `any(mask)` are computed once for all layers.
     """
     prepared: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     count = 0
@@ -67,18 +65,15 @@ def _rewrite(
 
 
 def _is_last_axis(softmax: ir.Node, mask: ir.Value) -> bool:
-    """Softmax over the keys, and one mask for every row of queries."""
-    shape = mask.shape
-    if shape is None or len(shape) < 2 or shape[-2] != 1:
-        return False
+    shape = softmax.inputs[0].shape or mask.shape
     axis = rewriting.integer(softmax, "axis", -1)
-    return axis in (-1, len(softmax.inputs[0].shape or shape) - 1)
+    return axis == -1 or (shape is not None and axis == len(shape) - 1)
 
 
 def _prepare(
     model: ir.Model, node: ir.Node, mask: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """The bias of masked keys, and whether an example has a key at all."""
+    """The bias of masked keys, and whether a row has a key at all."""
     zero = rewriting.constant(model, "mask/kept", np.array(0, "float32"))
     low = rewriting.constant(
         model, "mask/masked", np.array(_FAR_BELOW, "float32")

@@ -4,37 +4,57 @@ import hashlib
 from collections.abc import Mapping
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from keras_peft.export.passes import rewriting
 
+# What operators call an input that may be anything.
+_VAGUE = ("data", "input", "inputs")
+
 
 def apply(model: ir.Model, variables: Mapping[str, np.ndarray]) -> int:
-    """Renames the initializers that hold a variable; counts them.
+    """Renames every initializer; counts those that hold a variable.
 
     Tracers number their constants. Values are compared by content, in the
-    variable's order and transposed as convolutions and tied outputs are.
-    Values a tracer computed, such as a folded normalization, keep a number.
+    variable's order and transposed as convolutions and tied outputs are. Any
+    other is called what its reader calls it, as `axes` or `shape`, or
+    `constant` where that has no name.
 
     Args:
         model: A traced graph.
         variables: Values of the model's variables by path.
     """
-    paths: dict[str, str] = {}
+    paths: dict[str | None, str] = {}
     for path, value in variables.items():
         for stored in _layouts(value):
             paths.setdefault(_digest(stored), path)
-    taken = set(model.graph.initializers)
-    count = 0
-    for initializer in list(model.graph.initializers.values()):
-        content = rewriting.array(initializer)
-        if content is None or content.size < 2 or content.dtype.kind != "f":
-            continue
-        digest = _digest(content)
-        if digest in paths:
-            _rename(initializer, paths[digest], taken)
-            count += 1
-    return count
+    paths.pop(None, None)
+    found = {
+        value: path
+        for value in model.graph.initializers.values()
+        if (path := paths.get(_digest(rewriting.array(value))))
+    }
+    others = [v for v in model.graph.initializers.values() if v not in found]
+    taken = {v.name for v in model.graph.inputs}
+    taken.update(v.name for node in model.graph for v in node.outputs)
+    for number, value in enumerate(found | dict.fromkeys(others)):
+        # No name that another one still has.
+        value.name = f"initializer {number}"
+    for value, path in found.items():
+        _rename(value, path, taken)
+    for value in others:
+        _rename(value, _role(value), taken)
+    return len(found)
+
+
+def _role(value: ir.Value) -> str:
+    for node, position in value.uses():
+        formal = onnx.defs.get_schema(node.op_type, domain=node.domain).inputs
+        name = formal[min(position, len(formal) - 1)].name
+        if len(name) > 1 and name not in _VAGUE:
+            return name.lower()
+    return "constant"
 
 
 def _layouts(value: np.ndarray) -> list[np.ndarray]:
@@ -47,7 +67,10 @@ def _layouts(value: np.ndarray) -> list[np.ndarray]:
     return layouts
 
 
-def _digest(value: np.ndarray) -> str:
+def _digest(value: np.ndarray | None) -> str | None:
+    """What equal weights share; `None` for what holds no weights."""
+    if value is None or value.size < 2 or value.dtype.kind != "f":
+        return None
     content = np.ascontiguousarray(value, "float32").tobytes()
     return hashlib.sha256(content).hexdigest()
 

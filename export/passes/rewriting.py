@@ -96,6 +96,21 @@ def replace(old: ir.Value, new: ir.Value) -> None:
         producer.graph.remove(producer, safe=True)
 
 
+def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that computes `value`, if it is one of this operator."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
+
+
+def operands(
+    value: ir.Value | None, op_type: str
+) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Both orders of the operands `value` is computed from by `op_type`."""
+    node = made_by(value, op_type)
+    if node is not None:
+        yield from (tuple(node.inputs), tuple(node.inputs[::-1]))
+
+
 def only_user(value: ir.Value) -> ir.Node | None:
     """The node that reads `value`, if just one does and no output shows it."""
     uses = value.consumers()
@@ -122,6 +137,13 @@ def integer(node: ir.Node, name: str, default: int) -> int:
     return default if attribute is None else attribute.as_int()
 
 
+def drop_unused(model: ir.Model) -> None:
+    """Drops what no output depends on."""
+    import onnx_ir.passes.common as common
+
+    common.RemoveUnusedNodesPass()(model)
+
+
 def clean(model: ir.Model) -> None:
     """Drops what no output depends on, and what only a tracer wanted.
 
@@ -130,7 +152,7 @@ def clean(model: ir.Model) -> None:
     """
     import onnx_ir.passes.common as common
 
-    common.RemoveUnusedNodesPass()(model)
+    drop_unused(model)
     common.ClearMetadataAndDocStringPass()(model)
     graph = model.graph
     for name, value in list(graph.initializers.items()):

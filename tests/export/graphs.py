@@ -1,8 +1,10 @@
 """Graphs written as text, for the tests of rewrites."""
 
 import collections
+import tempfile
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 
@@ -36,6 +38,23 @@ def run(model, **inputs):
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     return session.run(None, inputs)[0]
+
+
+def fused_ops(model):
+    """How often each operator occurs once the runtime has fused them."""
+    proto = model if isinstance(model, onnx.ModelProto) else ir.to_proto(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory() as name:
+        path = f"{name}/fused.onnx"
+        options.optimized_model_filepath = path
+        onnxruntime.InferenceSession(
+            proto.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+        )
+        nodes = onnx.load(path).graph.node
+    return collections.Counter(node.op_type for node in nodes)
 
 
 def random(*shape, seed=0):

@@ -77,15 +77,18 @@ def test_batched_einsum_becomes_a_matmul(equation, left, right):
     )
 
 
-def test_an_outer_product_is_left_alone():
+def test_an_outer_product_becomes_a_product():
     model = graphs.graph(
         """g (float[a, b] x) => (float[a, b, c] y) {
             y = Einsum <equation = "bi,j->bij"> (x, angles)
         }""",
         angles=graphs.random(4),
     )
-    assert einsum_to_matmul.apply(model) == 0
-    assert graphs.ops(model) == {"Einsum": 1}
+    x = graphs.random(2, 3, seed=1)
+    want = graphs.run(model, x=x)
+    assert einsum_to_matmul.apply(model) == 1
+    assert graphs.ops(model) == {"Unsqueeze": 1, "Mul": 1}
+    np.testing.assert_array_equal(graphs.run(model, x=x), want)
 
 
 def test_a_contraction_of_the_first_axis_is_left_alone():

@@ -45,10 +45,30 @@ def test_initializers_carry_the_paths_of_variables():
     assert set(model.graph.initializers) == set(variables)
 
 
-def test_an_unknown_constant_keeps_its_name():
+def test_an_unknown_constant_is_called_by_its_role():
     model = graphs.graph(
-        TWO, first=graphs.random(80, 80), second=graphs.random(80, 80, seed=1)
+        """g (float[a, b] x) => (float[c, 5] y) {
+            z = Reshape(x, val_7)
+            y = Mul(z, lifted_tensor_3)
+        }""",
+        val_7=np.array([-1, 5]),
+        lifted_tensor_3=graphs.random(5),
     )
-    variables = {"other/kernel": graphs.random(80, 80, seed=2)}
-    assert name_initializers.apply(model, variables) == 0
-    assert set(model.graph.initializers) == {"first", "second"}
+    assert name_initializers.apply(model, {"other": graphs.random(6)}) == 0
+    assert set(model.graph.initializers) == {"shape", "constant"}
+
+
+def test_no_name_is_given_twice():
+    model = graphs.graph(
+        """g (float[a, 5] shape) => (float[c, 5] y) {
+            constant = Reshape(shape, constant_2)
+            y = Mul(constant, axes)
+        }""",
+        constant_2=np.array([-1, 5]),
+        axes=graphs.random(5),
+    )
+    assert name_initializers.apply(model, {"constant": graphs.random(6)}) == 0
+    assert set(model.graph.initializers) == {"shape_2", "constant_2"}
+    x = graphs.random(3, 5, seed=1)
+    want = x * graphs.random(5)
+    np.testing.assert_array_equal(graphs.run(model, shape=x), want)

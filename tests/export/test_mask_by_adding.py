@@ -37,10 +37,19 @@ def test_masked_attention_stays_the_same_with_an_empty_row():
     assert not got[2].any()
 
 
-def test_a_mask_that_differs_by_row_is_left_alone():
+def test_a_causal_mask_stays_the_same_with_a_row_without_keys():
     model = attention("b, 1, q, k")
-    assert mask_by_adding.apply(model) == 0
-    assert graphs.ops(model)["Where"] == 2
+    mask = np.tril(np.ones((5, 5), bool)) & (np.arange(5) > 0)
+    inputs = {
+        "scores": 10 * graphs.random(2, 2, 5, 5),
+        "mask": np.stack([mask[None]] * 2),
+        "values": graphs.random(2, 2, 5, 6, seed=1),
+    }
+    want = graphs.run(model, **inputs)
+    assert mask_by_adding.apply(model) == 1
+    got = graphs.run(model, **inputs)
+    np.testing.assert_array_equal(got, want)
+    assert not got[:, :, 0].any()
 
 
 def test_a_mild_penalty_is_left_alone():
