@@ -79,6 +79,27 @@ class DenseKernel:
         """The outputs, of which `rows` has the columns' as one last axis."""
         return rows
 
+    def units(self, dtype):
+        """Inputs of which the layer makes its kernel: each a unit vector.
+
+        The last one is zero, of which it makes the bias alone.
+        """
+        rows = ops.eye(self.inputs + 1, self.inputs, dtype=dtype)
+        return self.spread(rows)
+
+    def spread(self, rows):
+        """`(count, inputs)` as inputs with one axis of tokens."""
+        return rows
+
+    def from_unit_outputs(self, outputs):
+        """The kernel, in its own shape, from what the units became."""
+        rows = self.gather(outputs)
+        return self.as_kernel(ops.subtract(rows[:-1], rows[-1:]))
+
+    def gather(self, outputs):
+        """Outputs with one axis of tokens, as `(count, outputs)`."""
+        return outputs
+
     @property
     def rows_are_inputs(self):
         """Whether each row of the matrix is one channel of the inputs.
@@ -207,6 +228,19 @@ class EinsumKernel(DenseKernel):
         if order == self.out:
             return outputs
         return ops.einsum(f"{order}->{self.out}", outputs)
+
+    def spread(self, rows):
+        kept = "".join(c for c in self.into if c not in self.contracted)
+        others = len(kept.replace("...", ".")) - 1
+        shape = (self.inputs + 1, *others * (1,), *self.contracted_shape)
+        order = kept + "".join(self.contracted)
+        return ops.einsum(f"{order}->{self.into}", ops.reshape(rows, shape))
+
+    def gather(self, outputs):
+        kept = "".join(c for c in self.into if c not in self.contracted)
+        order = kept + "".join(self.free)
+        rows = ops.einsum(f"{self.out}->{order}", outputs)
+        return ops.reshape(rows, (self.inputs + 1, self.outputs))
 
     def map_inputs(self, inputs, function):
         return _map_last(inputs, self.into, self.contracted, function)
@@ -432,6 +466,12 @@ class EmbeddingKernel(DenseKernel):
     @property
     def rows_are_inputs(self):
         return False
+
+    def units(self, dtype):
+        return ops.arange(self.inputs, dtype="int32")
+
+    def from_unit_outputs(self, outputs):
+        return outputs
 
     def down(self, inputs, a):
         return ops.take(a, ops.cast(inputs, "int32"), axis=0)

@@ -16,12 +16,14 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 from keras.src.backend import AutocastScope
+from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.saving.object_registration import GLOBAL_CUSTOM_NAMES
 from keras.src.utils.naming import to_snake_case
 
+from keras_peft.kernel_reads import mixins_for
 from keras_peft.kernels import has_kernel
 from keras_peft.methods.adapter import Adapter
 from keras_peft.methods.adapter import CallAdapter
@@ -69,7 +71,7 @@ def children(parent: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
     if isinstance(parent, keras.Sequential):
         found = list(parent.layers)
     else:
-        found = list(parent._layers)
+        found = [*_untracked(parent), *parent._layers]
     attributes = _attribute_names(parent, {id(child) for child in found})
     adapters = parent.adapters.values() if is_adapted(parent) else ()
     adapters = {id(adapter) for adapter in adapters}
@@ -78,6 +80,22 @@ def children(parent: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
         if isinstance(child, _NOT_CHILDREN) or id(child) in adapters:
             continue
         yield attributes.get(id(child)) or _stable_name(child, counts), child
+
+
+def _untracked(parent):
+    """Layers that a backbone of keras-hub holds, unknown to Keras on torch.
+
+    There its attributes are set past Keras; on other backends they come first
+    among its layers.
+    """
+    known = {id(child) for child in parent._layers}
+    for name, value in vars(parent).items():
+        if name.startswith(_BOOKKEEPING):
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, keras.Layer) and id(item) not in known:
+                known.add(id(item))
+                yield item
 
 
 def _attribute_names(parent, wanted):
@@ -158,7 +176,28 @@ class AdaptedLayer:
         call = self._call_kernel
         for adapter in self._adapters_of(CallAdapter):
             call = functools.partial(adapter.around, call)
-        return call(*args, **kwargs)
+        with self.reading_itself():
+            return call(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def reading_itself(self):
+        """Within, the layer and its adapters read the kernel of the base."""
+        before = self.reads_itself
+        set_plain(self, "reads_itself", True)
+        try:
+            yield
+        finally:
+            set_plain(self, "reads_itself", before)
+
+    def is_read_by_another(self):
+        """Whether a model is called, but this layer is not."""
+        calling = get_global_attribute("current_call_ctx") is not None
+        return calling and not self.reads_itself
+
+    def linear_outputs(self, inputs):
+        """What the layer and its adapters compute before the activation."""
+        adapters = self._adapters_of(KernelAdapter)
+        return self._add_changes(adapters, inputs, (), {}, False)[1]
 
     def _adapters_of(self, kind):
         return [a for a in self.adapters.values() if isinstance(a, kind)]
@@ -355,13 +394,15 @@ def attach(layer: keras.Layer, name: str, adapter: Adapter) -> None:
     """Adds `adapter` to `layer` under `name`."""
     with _unlocked(layer):
         if not is_adapted(layer):
-            mix_in(layer, AdaptedLayer)
+            for mixin in (AdaptedLayer, *mixins_for(layer)):
+                mix_in(layer, mixin)
             held = {
                 attribute: getattr(layer, attribute)
                 for attribute in _AFTER_KERNEL
                 if hasattr(layer, attribute) and has_kernel(layer)
             }
             set_plain(layer, "after_kernel", held)
+            set_plain(layer, "reads_itself", False)
             _set_after_kernel(layer, dict.fromkeys(held))
             layer.adapters = {}
         if adapter.mixin is not None and not isinstance(layer, adapter.mixin):
@@ -380,7 +421,9 @@ def detach(layer: keras.Layer, name: str) -> Adapter:
             _set_after_kernel(layer, layer.after_kernel)
             del layer.adapters
             object.__delattr__(layer, "after_kernel")
-            mix_out(layer, AdaptedLayer)
+            object.__delattr__(layer, "reads_itself")
+            for mixin in (AdaptedLayer, *mixins_for(layer)):
+                mix_out(layer, mixin)
     return adapter
 
 

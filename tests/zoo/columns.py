@@ -49,7 +49,8 @@ class Subject:
 
 def targets(subject: Subject) -> str:
     """Every group finds the layers of the architecture; returns the counts."""
-    candidates = Candidates(subject.model, find_head(subject.model))
+    accepts = keras_peft.LoRA().accepts
+    candidates = Candidates(subject.model, find_head(subject.model), accepts)
     found = {name: len(candidates.group(name)) for name in subject.case.counts}
     wanted = subject.case.counts
     assert found == wanted, f"found {found}, the architecture has {wanted}"
