@@ -94,10 +94,14 @@ class Case:
         if self.labels is not None:
             return self.labels(model, batch)
         rng = np.random.default_rng(2)
-        return keras.tree.map_structure(
-            lambda output: rng.normal(size=output.shape).astype("float32"),
-            model(batch, training=False),
-        )
+        rows = len(keras.tree.flatten(batch)[0])
+
+        def like(output):
+            # An output that is the same for all rows has but one.
+            shape = (rows, *output.shape[1:])
+            return rng.normal(size=shape).astype("float32")
+
+        return keras.tree.map_structure(like, model(batch, training=False))
 
 
 def backbone(name: str, settings: Mapping[str, Any], **known: Any) -> Case:
