@@ -29,6 +29,7 @@ def adapt(
     name: str = "default",
     head: str | Sequence[str] | None = None,
     calibration: Any = None,
+    batch_norm: str = "frozen",
 ) -> keras.Model:
     r"""Adds an adapter to `model`, in place, and freezes its base.
 
@@ -57,14 +58,22 @@ def adapt(
         calibration: Inputs of the model to choose start values by, for methods
             that do so, such as `LoRA(init="eva")`: a batch (an array, or a
             dictionary of arrays), or an iterable of batches.
+        batch_norm: `"frozen"`: batch normalization keeps its scales, offsets
+            and statistics, and uses these in training too. `"trained"`: every
+            such layer is part of the head. Its scale and offset train, its
+            statistics follow the data, all are saved, switched and removed
+            with the adapter, and `merge` keeps them: for images unlike those
+            of the base, in batches of 16 or more. A layer that was frozen
+            before stays so. Chosen with a model's first adapter.
 
     Returns:
         `model`.
 
     Raises:
         ValueError: if the model is not built, a target names no layer, a
-            layer cannot take the method, the name is taken, or `calibration`
-            is missing or useless. The model is then as it was.
+            layer cannot take the method, the name is taken, `calibration` is
+            missing or useless, or `batch_norm="trained"` finds no layer. The
+            model is then as it was.
 
     Example:
     >>> keras_peft.adapt(classifier, keras_peft.LoRA(rank=8))
@@ -81,6 +90,7 @@ def adapt(
             raise ValueError(no_match(candidates, [], targets))
     else:
         paths = select(candidates, targets)
+    norms = _norms_of_head(model, head, paths, batch_norm)
     method = method.for_layers(candidates, paths)
     _check_patterns(candidates, method, paths)
     layers = layer_tree.layers_by_path(model)
@@ -90,6 +100,7 @@ def adapt(
     if method.calibrated:
         observed = observe(model, adapted, calibration)
     head = [h for h in head if not any(lies_in(path, [h]) for path in paths)]
+    head += norms
     adapter = NamedAdapter(method, paths)
     adapted_model.install(model, name, adapter, head, True, observed)
     adapted_model.activate(model, {name: 1.0})
@@ -174,6 +185,36 @@ def _head_of(model, head):
         candidates = Candidates(model, ())
         raise ValueError(no_match(candidates, missing, named, "head"))
     return sorted({path for paths in found.values() for path in paths})
+
+
+def _norms_of_head(model, head, paths, batch_norm):
+    """Paths of the batch normalization that `batch_norm` adds to the head."""
+    if batch_norm not in ("frozen", "trained"):
+        raise ValueError(
+            "`batch_norm` must be 'frozen' or 'trained'. "
+            f"Received: batch_norm={batch_norm!r}"
+        )
+    if batch_norm == "frozen":
+        return []
+    if adapter_state.is_adapted(model):
+        if model.peft.batch_norms:
+            raise ValueError(
+                "The model's first adapter froze batch normalization. Leave "
+                "`batch_norm` out, or `keras_peft.remove(model)` all adapters "
+                f"first. Received: batch_norm={batch_norm!r}"
+            )
+        return []
+    norms = adapted_model.trained_norms(model)
+    found = [path for path in norms if not lies_in(path, head)]
+    taken = [path for path in found if path in paths]
+    if not found or taken:
+        raise ValueError(
+            "`batch_norm='trained'` is for a model whose base has trainable "
+            "batch normalization, which no adapter sits on: it trains as part "
+            "of the head. Leave `batch_norm` out, or choose other `targets`. "
+            f"Received: {f'targets {taken}' if taken else 'a model without'}"
+        )
+    return found
 
 
 def _check_patterns(candidates, method, paths):

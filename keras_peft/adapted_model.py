@@ -24,13 +24,6 @@ class AdaptedModel:
 
     def get_config(self):
         state = self.peft
-        if len(state.adapters) > 1 and state.head:
-            raise ValueError(
-                "A model file holds one head, but this model has one per "
-                "adapter. Save each with `keras_peft.save_adapter()`, or "
-                "`keras_peft.remove(model, name)` all but one first. "
-                f"Received: adapters={list(state.adapters)}, head={state.head}"
-            )
         with layer_tree.plain(self):
             base = keras.saving.serialize_keras_object(self)
         base.pop("compile_config", None)
@@ -66,6 +59,29 @@ class AdaptedModel:
             )
         activate(model, config["active"])
         return model
+
+    # The layers hold the head of one adapter; those of the others, and the
+    # base's own, are no variables.
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        for name, keys in self._idle_heads().items():
+            for key, value in zip(keys, self.peft.heads[name], strict=True):
+                store[key] = value
+
+    def load_own_variables(self, store):
+        stored = {key: store[key] for key in store.keys()}
+        for name, keys in self._idle_heads().items():
+            self.peft.heads[name] = [np.array(stored.pop(key)) for key in keys]
+        super().load_own_variables(stored)
+
+    def _idle_heads(self):
+        """`{adapter: keys in a weights file}` of heads not in the layers."""
+        state = self.peft
+        return {
+            name: [f"head_{number}_{i}" for i in range(len(state.heads[name]))]
+            for number, name in enumerate([None, *state.adapters])
+            if name != state.head_of
+        }
 
     # A property: Keras puts a `quantize` of its own on every instance.
     @property
@@ -130,12 +146,21 @@ def _become_adapted(model, head):
     for variable in model.trainable_variables:
         own = state.head_thawed if id(variable) in heads else state.thawed
         own.append(variable)
-    for path, layer in layer_tree.walk(model):
-        is_norm = isinstance(layer, keras.layers.BatchNormalization)
-        if is_norm and not lies_in(path, head) and layer.trainable:
-            state.batch_norms.append(layer)
+    for path, layer in trained_norms(model).items():
+        inside = lies_in(path, head)
+        (state.head_norms if inside else state.batch_norms).append(layer)
     _freeze(state)
     state.heads[None] = read(head_variables(model))
+
+
+def trained_norms(model):
+    """`{path: layer}` of the batch normalization that moves its statistics."""
+    return {
+        path: layer
+        for path, layer in layer_tree.walk(model)
+        if isinstance(layer, keras.layers.BatchNormalization)
+        and layer.trainable
+    }
 
 
 def _mix_in(model, state):
@@ -199,7 +224,7 @@ def reinstall(model, state, adapters):
 
 def _become_plain(model):
     state = model.peft
-    for layer in state.batch_norms:
+    for layer in state.batch_norms + state.head_norms:
         layer.trainable = True
     for variable in state.thawed + state.head_thawed:
         variable.trainable = True
@@ -224,6 +249,8 @@ def activate(model, strengths):
                 variable.trainable = adapter.trainable and name in strengths
     _swap_head(model, next(iter(strengths), None))
     trains = any(state.adapters[name].trainable for name in strengths)
+    for layer in state.head_norms:
+        layer.trainable = trains
     for variable in state.head_thawed:
         variable.trainable = trains
     state.active = dict(strengths)

@@ -28,6 +28,8 @@ class AdapterState:
         heads: `{name: [array, ...]}`, the head's values per adapter. The live
             values belong to `head_of`; `None` stands for the base's own.
         rows: Whether each row of a batch has an adapter of its own.
+        batch_norms: Batch normalization that was frozen.
+        head_norms: Batch normalization that trains with the head.
     """
 
     def __init__(self, head):
@@ -40,6 +42,7 @@ class AdapterState:
         self.thawed = []
         self.head_thawed = []
         self.batch_norms = []
+        self.head_norms = []
 
 
 def is_adapted(model):
