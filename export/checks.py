@@ -47,6 +47,13 @@ class Checks:
             forward, self.batches, self.references, step, tolerance
         )
 
+    def on(self, batches: list[samples.Batch]) -> "Checks":
+        """The same checks on other batches."""
+        references = [
+            _outputs(self.model, self.signature, batch) for batch in batches
+        ]
+        return dataclasses.replace(self, batches=batches, references=references)
+
 
 def check_exportable(
     model: keras.Model,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -56,6 +57,10 @@ class OnnxFile:
     def runner(self, threads: int = 1) -> Forward:
         """The graph as a function, on the processor."""
         return measure.runner(self.graph, threads)
+
+    def admitted(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch as the file can take it: as it is."""
+        return dict(batch)
 
     def rounding_bound(self) -> float:
         """How far two correct float32 evaluations may be apart."""

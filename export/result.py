@@ -92,6 +92,9 @@ class ModelFile(Protocol):
     def runner(self, threads: int = 1) -> Forward:
         """The file as a function, in the runtime of this machine."""
 
+    def admitted(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch as the file can take it."""
+
     def rounding_bound(self) -> float:
         """How far two correct float32 evaluations may be apart."""
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+from keras_peft.export.litert import generation
 from keras_peft.export.preprocessor import Preprocessing
 from keras_peft.export.report import ExportReport
 from keras_peft.export.report import megabytes
@@ -138,21 +139,20 @@ def code(
 ) -> str:
     """A Python script that runs the model once, without Keras."""
     own = [f"import {package}" for package in _packages(preprocessing)]
-    first = client.first.format(output=outputs[0].name if outputs else "")
-    return "\n".join(
-        [
-            *(["import json", ""] if labels else []),
-            *sorted(
-                ["import numpy as np", client.imported, *own],
-                key=lambda line: (line.startswith("from"), line),
-            ),
-            "",
-            client.load,
-            *_prepare(inputs, preprocessing),
-            client.run,
-            *(_show(first) if labels else client.listed),
-        ]
+    lines = ["import json", ""] if labels else []
+    lines += sorted(
+        ["import numpy as np", client.imported, *own],
+        key=lambda line: (line.startswith("from"), line),
     )
+    if generation.writes_text(inputs):
+        prepare = _prepare(inputs[:1], preprocessing)
+        decode = "import tokenizers" in own
+        return "\n".join(
+            [*lines, "", *generation.code(inputs, prepare, decode)]
+        )
+    first = client.first.format(output=outputs[0].name if outputs else "")
+    lines += ["", client.load, *_prepare(inputs, preprocessing), client.run]
+    return "\n".join([*lines, *(_show(first) if labels else client.listed)])
 
 
 def _prepare(

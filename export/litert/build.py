@@ -54,6 +54,12 @@ def build_litert(
     model, notes = in_float32(model)
     checks = prepare_checks(model, calibration)
     exact = LiteRtFile(_converted(checks))
+    if exact.generates:
+        notes.append(
+            "Figures are those of texts whose tokens are read at once, but "
+            "for the last two, which are decoded one by one."
+        )
+        checks = checks.on([exact.admitted(b) for b in checks.batches])
     bound = exact.rounding_bound()
     if quantize is None and tolerance is not None:
         bound = tolerance
@@ -70,8 +76,9 @@ def build_litert(
         model=final,
         float_model=exact,
         quantize=quantize,
-        inputs=_inputs(checks),
-        outputs=_outputs(checks, exact.output_names()),
+        inputs=exact.decoder_specs("inputs") or _inputs(checks),
+        outputs=exact.decoder_specs("outputs")
+        or _outputs(checks, exact.output_names()),
         tracer="tensorflow",
         notes=tuple(notes),
         verification=tuple(steps),
@@ -84,6 +91,7 @@ def build_litert(
 
 
 def _converted(checks: Checks) -> bytes:
+    from keras_peft.export.litert import decoder
     from keras_peft.export.litert import file
     from keras_peft.export.litert import flatbuffer
 
@@ -92,8 +100,12 @@ def _converted(checks: Checks) -> bytes:
         model, signature, checks.sample, "tensorflow", "model.tflite"
     ) as path:
         tree = flatbuffer.read(path.read_bytes())
-    names = output_names(model, signature.call(model, checks.batches[0]))
-    file.name_interface(tree, [i.name for i in signature.inputs], names)
+    if decoder.generates(model, signature):
+        inputs, outputs = decoder.names(len(tree.signatureDefs[0].inputs) - 2)
+    else:
+        inputs = [i.name for i in signature.inputs]
+        outputs = output_names(model, signature.call(model, checks.batches[0]))
+    file.name_interface(tree, inputs, outputs)
     file.name_weights(
         tree, {v.path: keras.ops.convert_to_numpy(v) for v in model.variables}
     )

@@ -14,10 +14,12 @@ from typing import ClassVar
 import numpy as np
 
 from keras_peft.export import comparison
+from keras_peft.export.litert import decoder
 from keras_peft.export.litert import flatbuffer
 from keras_peft.export.litert.trace import SIGNATURE
 from keras_peft.export.report import WeightError
 from keras_peft.export.result import Forward
+from keras_peft.export.result import TensorSpec
 
 _PRODUCTS = (
     "BATCH_MATMUL",
@@ -63,6 +65,8 @@ class LiteRtFile:
         interpreter = Interpreter(
             model_content=self.content, num_threads=threads
         )
+        if self.generates:
+            return decoder.forward(interpreter)
         run = interpreter.get_signature_runner(SIGNATURE)
         names = [*run.get_input_details()]
         outputs = self.output_names()
@@ -73,10 +77,20 @@ class LiteRtFile:
 
         return forward
 
+    @property
+    def generates(self) -> bool:
+        """Whether the file decodes with a cache."""
+        keys = {s.signatureKey.decode() for s in self.tree.signatureDefs}
+        return keys == {decoder.PREFILL, decoder.DECODE}
+
     def output_names(self) -> list[str]:
         """The outputs, in the order of the model."""
-        (signature,) = self.tree.signatureDefs
+        signature = self.tree.signatureDefs[0]
         return [entry.name.decode() for entry in signature.outputs]
+
+    def admitted(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch as the file can take it: a cache knows no padding."""
+        return decoder.without_padding(batch) if self.generates else dict(batch)
 
     def rounding_bound(self) -> float:
         """How far two correct float32 evaluations may be apart."""
@@ -115,7 +129,40 @@ class LiteRtFile:
             for graph in flatbuffer.graphs(self.tree)
             for node in graph.nodes
         }
-        return {"operators": sorted(found)}
+        signatures = {
+            signature.signatureKey.decode(): {
+                entry.name.decode(): self._shape(signature, entry)
+                for entry in signature.inputs
+            }
+            for signature in self.tree.signatureDefs
+        }
+        return {"signatures": signatures, "operators": sorted(found)}
+
+    def decoder_specs(self, side: str) -> tuple[TensorSpec, ...]:
+        """The inputs or outputs of a prompt; none without a cache."""
+        if not self.generates:
+            return ()
+        signature = self._signature(decoder.PREFILL)
+        return tuple(
+            decoder.spec(entry.name.decode(), self._shape(signature, entry))
+            for entry in getattr(signature, side)
+        )
+
+    def _signature(self, key: str) -> Any:
+        (found,) = (
+            signature
+            for signature in self.tree.signatureDefs
+            if signature.signatureKey.decode() == key
+        )
+        return found
+
+    def _shape(self, signature: Any, entry: Any) -> list[int]:
+        """The shape of an input; -1 is a size that is free."""
+        graph = self.tree.subgraphs[signature.subgraphIndex]
+        tensor = graph.tensors[entry.tensorIndex]
+        free = tensor.shapeSignature
+        shape = tensor.shape if free is None else free
+        return [] if shape is None else [int(size) for size in shape]
 
     @functools.cached_property
     def tree(self) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from keras_peft.export import patches
+from keras_peft.export.litert import decoder
 from keras_peft.export.signature import ModelInput
 from keras_peft.export.signature import Signature
 
@@ -25,8 +26,9 @@ def trace(
 ) -> None:
     """Writes the file that computes what a call of `model` does.
 
-    Inputs are called `input_<position>` and outputs `output_<position>`.
-    `but` names patches that stay away.
+    A model that writes text gets a signature for its prompt, and one for each
+    token after it. Inputs are called `input_<position>`, and outputs
+    `output_<position>`. `but` names patches that stay away.
     """
     names = [i.name for i in signature.inputs]
 
@@ -35,10 +37,13 @@ def trace(
         return keras.tree.flatten(signature.call(model, named))
 
     with patches.applied("litert", but):
-        path.write_bytes(convert(model, {SIGNATURE: (flat, signature.inputs)}))
+        functions = {SIGNATURE: (flat, signature.inputs)}
+        if decoder.generates(model, signature):
+            functions = decoder.functions(model)
+        path.write_bytes(_convert(model, functions))
 
 
-def convert(
+def _convert(
     model: keras.Model, functions: Mapping[str, tuple[Any, Any]]
 ) -> bytes:
     """One file with a signature for every `(function, inputs)`.

@@ -15,9 +15,12 @@ from ai_edge_litert.interpreter import Interpreter
 import keras_peft
 from keras_peft import export
 from keras_peft.export.graph import TracingError
+from keras_peft.export.litert import decoder
 from keras_peft.export.litert import flatbuffer
 from keras_peft.export.litert.build import build_litert
 
+# Models that write text, and are checked with their caches.
+LMS = ("llama", "gemma")
 # Of half a step of 8 bits, and of one of 11 bits.
 INT8_STEP = 0.5 / 127
 FLOAT16_STEP = 2.0**-11
@@ -181,6 +184,43 @@ def test_a_model_that_computes_something_else_elsewhere_is_refused():
 def test_an_unknown_precision_is_refused(small):
     with pytest.raises(ValueError, match="Received: quantize='int3'"):
         build_litert(small[0], quantize="int3")
+
+
+def write(content, prompt, count, room):
+    """Tokens that a file writes greedily after a prompt."""
+    interpreter = Interpreter(model_content=content)
+    step = interpreter.get_signature_runner(decoder.PREFILL)
+    state = decoder.empty_caches(step, len(prompt), room)
+    tokens, written = prompt, [prompt]
+    for _ in range(count):
+        place = np.array(sum(w.shape[1] for w in written[:-1]), "int32")
+        state = step(token_ids=tokens, cache_update_index=place, **state)
+        tokens = state.pop("logits")[:, -1:].argmax(-1).astype("int32")
+        written.append(tokens)
+        step = interpreter.get_signature_runner(decoder.DECODE)
+    return np.concatenate(written, axis=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in LMS)]
+)
+def test_a_decoder_writes_with_a_cache_what_keras_writes(name):
+    model = model_table.make(name)
+    result = build_litert(model)
+    names = [spec.name for spec in result.inputs]
+    assert names == ["token_ids", "cache", "cache_update_index"]
+    prompt = np.array([[5, 9, 2], [7, 7, 1]], "int32")
+    # Room to spare: what is not written yet must not matter.
+    written = write(result.model.content, prompt, count=5, room=13)
+    for length in range(3, 8):
+        text = written[:, :length]
+        logits = model({"token_ids": text, "padding_mask": np.ones_like(text)})
+        best = keras.ops.convert_to_numpy(logits)[:, -1].argmax(-1)
+        assert (written[:, length] == best).all()
+    # Both signatures read one copy of the weights, a tied table included.
+    size = 4 * sum(int(np.prod(v.shape)) for v in model.variables)
+    operators = 120_000
+    assert result.sizes["float32"] < size + operators
 
 
 @pytest.fixture(scope="module")
