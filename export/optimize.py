@@ -20,6 +20,7 @@ from keras_peft.export.passes import normalization
 from keras_peft.export.passes import plain_gather
 from keras_peft.export.passes import residual_apart
 from keras_peft.export.passes import rewriting
+from keras_peft.export.passes import select
 
 
 def optimize(model: ir.Model, variables: Mapping[str, np.ndarray]) -> None:
@@ -37,11 +38,14 @@ def optimize(model: ir.Model, variables: Mapping[str, np.ndarray]) -> None:
     key_transpose.apply(model)
     half_turn.apply(model)
     constant_shapes.apply(model)
+    select.apply(model)
     # Later rewrites look at who reads a value.
     rewriting.drop_unused(model)
     einsum_to_matmul.apply(model)
     gemm_to_matmul.apply(model)
     plain_gather.apply(model)
+    # What every layer computes anew, as a mask, it shares from here on.
+    rewriting.share_equal(model)
     mask_by_adding.apply(model)
     fold_scale.apply(model)
     residual_apart.apply(model)

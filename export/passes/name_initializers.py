@@ -51,9 +51,9 @@ def apply(model: ir.Model, variables: Mapping[str, np.ndarray]) -> int:
 def _role(value: ir.Value) -> str:
     for node, position in value.uses():
         formal = onnx.defs.get_schema(node.op_type, domain=node.domain).inputs
-        name = formal[min(position, len(formal) - 1)].name
+        name = formal[min(position, len(formal) - 1)].name.lower()
         if len(name) > 1 and name not in _VAGUE:
-            return name.lower()
+            return name
     return "constant"
 
 

@@ -28,7 +28,7 @@ def apply(model: ir.Model) -> int:
 
 def _rms_norm(node: ir.Node) -> bool:
     for x, factor in (node.inputs, node.inputs[::-1]):
-        root = _inverse_root(factor)
+        gamma, root = _gamma_and_root(factor)
         if root is None:
             continue
         mean, _ = root.inputs[0].producer().inputs
@@ -36,8 +36,10 @@ def _rms_norm(node: ir.Node) -> bool:
         if squares is None or not _by_last_axis(squares):
             continue
         if _is_square_of(squares.inputs[0], x):
-            quotient = rewriting.before(node, "Div", [x, root.outputs[0]])
-            rewriting.replace(node.outputs[0], quotient)
+            result = rewriting.before(node, "Div", [x, root.outputs[0]])
+            if gamma is not None:
+                result = rewriting.before(node, "Mul", [result, gamma])
+            rewriting.replace(node.outputs[0], result)
             return True
     return False
 

@@ -29,7 +29,7 @@ def _unwrap(gather: ir.Node) -> bool:
         and rewriting.integer(gather, "axis", 0) == 0
         and less is not None
         and less.op_type == "Less"
-        and less.inputs[0] is ids
+        and ids in (less.inputs[0], _before_cast(less.inputs[0]))
         and rewriting.scalar(less.inputs[1]) == 0
         and add is not None
         and add.op_type == "Add"
@@ -38,9 +38,12 @@ def _unwrap(gather: ir.Node) -> bool:
     )
     if not matches:
         return False
-    cast = ids.producer()
-    if cast is not None and cast.op_type == "Cast":
-        if cast.inputs[0].dtype in (ir.DataType.INT32, ir.DataType.INT64):
-            ids = cast.inputs[0]
+    if _before_cast(ids).dtype in (ir.DataType.INT32, ir.DataType.INT64):
+        ids = _before_cast(ids)
     gather.replace_input_with(1, ids)
     return True
+
+
+def _before_cast(value: ir.Value) -> ir.Value:
+    cast = rewriting.made_by(value, "Cast")
+    return value if cast is None else cast.inputs[0]

@@ -8,6 +8,8 @@ import onnx_ir as ir
 
 # The name that an initializer would have, had it been free.
 _WANTED = "wanted name"
+# Constants of so few elements hold sizes and factors, not weights.
+_SMALL = 16
 
 
 def nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
@@ -142,6 +144,14 @@ def drop_unused(model: ir.Model) -> None:
     import onnx_ir.passes.common as common
 
     common.RemoveUnusedNodesPass()(model)
+
+
+def share_equal(model: ir.Model) -> None:
+    """Computes once what several nodes compute alike."""
+    import onnx_ir.passes.common as common
+
+    common.DeduplicateInitializersPass(size_limit=_SMALL)(model)
+    common.CommonSubexpressionEliminationPass()(model)
 
 
 def clean(model: ir.Model) -> None:
