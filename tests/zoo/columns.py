@@ -174,6 +174,13 @@ def onnx_int8(subject: Subject) -> str:
     return f"{found.verification[-1].cosine:.3f}"
 
 
+def litert(subject: Subject) -> None:
+    """The float32 LiteRT file equals the merged model on other shapes."""
+    from keras_peft.export.litert.build import build_litert
+
+    build_litert(subject.model)
+
+
 COLUMNS: dict[str, Callable[[Subject], str | None]] = {
     "targets": targets,
     "train": train,
@@ -182,6 +189,7 @@ COLUMNS: dict[str, Callable[[Subject], str | None]] = {
     "merge": merge,
     "onnx": onnx,
     "onnx int8": onnx_int8,
+    "litert": litert,
 }
 # What stands in for a column that keras-hub itself cannot run.
 INSTEAD = {"train": move}
@@ -192,6 +200,7 @@ NEEDS = {
     "merge": "train",
     "onnx": "merge",
     "onnx int8": "merge",
+    "litert": "merge",
 }
 
 
