@@ -51,10 +51,6 @@ class RawKernel:
     outputs: int
     order: tuple[int, ...]
 
-    def rank(self, rank):
-        """`rank`, as far as the matrices allow it."""
-        return min(rank, self.inputs, self.outputs)
-
     def matrices(self):
         """A `Matrix` for each."""
         # Read but once, and only where a start value needs it.

@@ -354,11 +354,12 @@ def test_an_orthogonal_start_is_the_base_up_to_rounding():
         (dict(use_bias=True), "`use_bias`"),
         (dict(init="eva"), "init='eva'"),
         (dict(rank=5), "rank 5 is larger .*'cell_kernel': 3"),
-        (dict(init="orthogonal", rank=4), "even ranks.*cell_kernel"),
+        (dict(init="orthogonal", rank=2), "needs a rank of 2.*cell_kernel"),
     ],
 )
 def test_settings_that_cannot_act_are_refused(settings, reason):
-    model = keras.Sequential([keras.Input((5, 3)), k.LSTM(4), k.Dense(4)])
+    size = 1 if settings.get("init") == "orthogonal" else 3
+    model = keras.Sequential([keras.Input((5, size)), k.LSTM(4), k.Dense(4)])
     before = values(model.variables)
     data = {}
     if settings.get("init") == "eva":
@@ -367,6 +368,19 @@ def test_settings_that_cannot_act_are_refused(settings, reason):
         keras_peft.adapt(model, keras_peft.LoRA(**settings), **data)
     assert not adapter_state.is_adapted(model)
     assert same_bits(before, values(model.variables))
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_small_kernels_get_the_rank_they_allow(rank):
+    # The second layer allows 8, so that the first is no error either.
+    layers = [k.LSTM(4, return_sequences=True), k.LSTM(8), k.Dense(3)]
+    model = keras.Sequential([keras.Input((5, 1)), *layers])
+    keras_peft.adapt(model, keras_peft.LoRA(rank))
+    (a, _), (recurrent_a, _) = layers[0].adapters["default"].pairs
+    assert (a.shape, recurrent_a.shape) == ((1, 1), (4, 4))
+    (a, _), (recurrent_a, _) = layers[1].adapters["default"].pairs
+    assert (a.shape, recurrent_a.shape) == ((4, 4), (8, rank))
+    assert layers[2].adapters["default"].rank == 3
 
 
 @pytest.mark.parametrize("name", ["lstm", "experts", "table"])
@@ -672,6 +686,7 @@ def test_strengths_add_up():
         assert np.array_equal(model_outputs(model, "recurrent"), base)
 
 
+@pytest.mark.moved
 @pytest.mark.parametrize("optimizer", ["LoRAPlus", "LoRAFA"])
 @pytest.mark.parametrize("name", ["recurrent", "mixtral"])
 def test_optimizers_know_the_factors(name, optimizer):

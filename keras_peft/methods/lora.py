@@ -44,9 +44,10 @@ class LoRA(Ranked, Method):
     such as a table of positions. Such a layer reads `kernel + scale * A @ B` in
     place of its kernel. That sum and its gradient are formed in full, once per
     call: the layer itself multiplies by the kernel, some inside a loop.
-    Parameters: `experts * rank * (inputs + outputs)` for each raw kernel, its
-    rank being at most `min(inputs, outputs)`. `dropout`, `decompose`,
-    `use_bias` and `init="eva"` are refused there.
+    Parameters: `experts * rank * (inputs + outputs)` for each raw kernel; one
+    of a smaller side than the rank gets that side for its own, at the scale of
+    the layer's. `dropout`, `decompose`, `use_bias` and `init="eva"` are refused
+    there.
 
     - [Hu et al., 2021](https://arxiv.org/abs/2106.09685): LoRA
     - [Kalajdzievski, 2023](https://arxiv.org/abs/2312.03732): rank-stabilized

@@ -20,12 +20,11 @@ def raw_objection(method, path, layer):
             )
     if method.init == "eva":
         return "`init='eva'` is of layers that mix the channels of inputs"
-    limits = {kernel.name: kernel.rank(rank) for kernel in kernels}
+    limits = {kernel.name: method.rank_limit(kernel) for kernel in kernels}
     if rank > max(limits.values()):
         return f"rank {rank} is larger than its kernels allow: {limits}"
-    odd = [name for name, limit in limits.items() if limit % 2]
-    if method.init == "orthogonal" and odd:
-        return f"`init='orthogonal'` needs even ranks; odd are those of {odd}"
+    if not all(limits.values()):
+        return f"`init='orthogonal'` needs a rank of 2; it allows {limits}"
     return None
 
 
@@ -33,7 +32,7 @@ def raw_shapes(method, path, layer):
     """`{weight: shape}` of two factors for each of a layer's raw kernels."""
     shapes = {}
     for kernel in raw_kernels(layer):
-        rank = kernel.rank(method.rank_of(path))
+        rank = min(method.rank_of(path), method.rank_limit(kernel))
         a = (*kernel.stack, kernel.inputs, rank)
         b = (*kernel.stack, rank, kernel.outputs)
         for names in _names(kernel, method.init):
@@ -85,18 +84,18 @@ class RawLoRAAdapter(VariableAdapter):
 
     def initialize(self, rng):
         for kernel in self.kernels:
-            values = self._start(kernel, rng)
-            for factors in self._factors(kernel):
-                for factor, value in zip(factors, values, strict=True):
+            pairs = self._factors(kernel)
+            rank = pairs[0][0].shape[-1]
+            values = self._start(kernel, rank, rng)
+            for pair in pairs:
+                for factor, value in zip(pair, values, strict=True):
                     factor.assign(value.reshape(factor.shape))
 
-    def _start(self, kernel, rng):
+    def _start(self, kernel, rank, rng):
         """`(A, B)` of all matrices of one kernel."""
         found = [
-            start_values(
-                self.init, view, kernel.rank(self.rank), self.scale, rng
-            )
-            for view in kernel.matrices()
+            start_values(self.init, matrix, rank, self.scale, rng)
+            for matrix in kernel.matrices()
         ]
         return [np.stack(values) for values in zip(*found, strict=True)]
 

@@ -7,6 +7,7 @@ from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.patterns import check_pattern
 from keras_peft.patterns import path_matches
+from keras_peft.raw_kernels import raw_kernels
 
 
 def check_positive_integer(name, value, usual):
@@ -73,9 +74,9 @@ class Ranked:
         are smaller, and where the user named the layer's rank.
         """
         limits = {
-            path: self.rank_limit(kernel_of(candidates.layers[path]))
+            path: max(map(self.rank_limit, kernels))
             for path in paths
-            if has_kernel(candidates.layers[path])
+            if (kernels := _kernels(candidates.layers[path]))
         }
         small = {
             f"^{re.escape(path)}": limit
@@ -98,6 +99,10 @@ class Ranked:
     def scale_of(self, path):
         """What the product of the factors is multiplied by."""
         return self.alpha_of(path) / self.rank_of(path)
+
+
+def _kernels(layer):
+    return [kernel_of(layer)] if has_kernel(layer) else raw_kernels(layer)
 
 
 def _by_pattern(patterns, path, default):
