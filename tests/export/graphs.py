@@ -40,9 +40,8 @@ def run(model, **inputs):
     return session.run(None, inputs)[0]
 
 
-def fused_ops(model):
-    """How often each operator occurs once the runtime has fused them."""
-    proto = model if isinstance(model, onnx.ModelProto) else ir.to_proto(model)
+def fused(proto):
+    """The graph that the runtime makes of another."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     with tempfile.TemporaryDirectory() as name:
@@ -53,7 +52,12 @@ def fused_ops(model):
             options,
             providers=["CPUExecutionProvider"],
         )
-        nodes = onnx.load(path).graph.node
+        return onnx.load(path)
+
+
+def fused_ops(model):
+    """How often each operator occurs once the runtime has fused them."""
+    nodes = fused(ir.to_proto(model)).graph.node
     return collections.Counter(node.op_type for node in nodes)
 
 
