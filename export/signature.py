@@ -13,6 +13,8 @@ from keras_peft.export.adapters import taken_positions
 
 # Text inputs of one call share their length, so their graphs share its name.
 _TEXT_INPUTS = ("token_ids", "segment_ids", "padding_mask")
+# What layers call the number of places that they know.
+_LENGTHS = ("sequence_length", "max_sequence_length", "max_label_length")
 # What the inputs of segmentation models label.
 _LABELS = {"labels": "points", "box_labels": "boxes"}
 
@@ -95,10 +97,11 @@ def longest_sequence(model: keras.Model) -> int:
     """The longest sequence every position table of the model can take."""
     taken = taken_positions(model)
     lengths = [
-        layer.sequence_length
+        getattr(layer, name, None)
         for layer in model._flatten_layers()
-        if isinstance(getattr(layer, "sequence_length", None), int)
+        for name in _LENGTHS
     ]
+    lengths = [size for size in lengths if isinstance(size, int)]
     return min(lengths, default=512) - taken
 
 

@@ -1,5 +1,6 @@
 """Telling one base model from another by a few of its numbers."""
 
+import re
 from collections.abc import Sequence
 
 import keras
@@ -78,8 +79,23 @@ def _base_variables(model, head):
     found = {}
     for path, layer in layer_tree.walk(model):
         if not lies_in(path, head):
-            for variable in layer_tree.own_variables(layer):
-                found[f"{path}.{variable.name}"] = variable
+            variables = layer_tree.own_variables(layer)
+            for name, variable in _stable_names(variables).items():
+                found[f"{path}.{name}"] = variable
+    return found
+
+
+def _stable_names(variables):
+    """Variables by name, those without one counted within their layer.
+
+    Keras counts them over all layers that were ever made.
+    """
+    found = {}
+    for variable in variables:
+        name = variable.name
+        if re.fullmatch(r"variable(_\d+)?", name):
+            name = f"variable_{len(found)}" if found else "variable"
+        found[name] = variable
     return found
 
 

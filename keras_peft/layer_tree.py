@@ -173,6 +173,8 @@ class AdaptedLayer:
     """
 
     def call(self, *args, **kwargs):
+        if not args and "inputs" in kwargs:
+            args = (kwargs.pop("inputs"),)
         call = self._call_kernel
         for adapter in self._adapters_of(CallAdapter):
             call = functools.partial(adapter.around, call)
@@ -206,7 +208,6 @@ class AdaptedLayer:
         adapters = self._adapters_of(KernelAdapter)
         if not adapters and not self.after_kernel:
             return self._call_base(*args, **kwargs)
-        # Keras passes the inputs by position, and layers call them so too.
         inputs, *args = args
         reverse = False
         if isinstance(self, keras.layers.ReversibleEmbedding):

@@ -23,6 +23,7 @@ from table import randomize
 import keras_peft
 from keras_peft.files import existing_folder
 from keras_peft.files import whole_folder
+from keras_peft.fingerprint import fingerprint
 
 NAME = "bert-classifier"
 TENSORS = "adapter.safetensors"
@@ -203,6 +204,20 @@ def test_another_base_is_refused(saved):
 
 
 @pytest.mark.slice
+def test_weights_without_a_name_are_told_by_their_layer():
+    class Probe(keras.layers.Layer):
+        def build(self, shape):
+            self.probe = self.add_weight(shape=(3,), initializer="ones")
+
+        def call(self, inputs):
+            return inputs + self.probe
+
+    inputs = keras.Input((3,))
+    # Keras counts such weights on.
+    one, other = (keras.Model(inputs, Probe()(inputs)) for _ in range(2))
+    assert fingerprint(one, []) == fingerprint(other, [])
+
+
 def test_the_same_base_in_another_dtype_is_accepted(saved):
     model = build(NAME)
     keras.config.set_dtype_policy("bfloat16")

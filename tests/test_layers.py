@@ -152,3 +152,9 @@ def test_an_untied_output_embedding_is_left_alone():
     before = numpy(layer(hidden, reverse=True))
     attach(METHODS["lora"], LAYERS["reversible-tied"], layer, scale=1.0)
     assert np.array_equal(numpy(layer(hidden, reverse=True)), before)
+
+
+def test_inputs_may_be_named():
+    layer, inputs = LAYERS["dense"].build()
+    attach(METHODS["lora"], None, layer, scale=1.0)
+    assert np.array_equal(numpy(layer(inputs=inputs)), numpy(layer(inputs)))

@@ -141,22 +141,17 @@ MIXTRAL = backbone("MixtralBackbone", EXPERTS, **ROUTED)
 GPT_OSS = backbone("GptOssBackbone", EXPERTS | dict(sliding_window=4), **ROUTED)
 QWEN_MOE = backbone(
     "QwenMoeBackbone",
-    EXPERTS
-    | dict(
-        moe_intermediate_dim=10,
-        shared_expert_intermediate_dim=14,
-        mlp_only_layers=[0],
-    ),
+    EXPERTS | dict(moe_intermediate_dim=10, shared_expert_intermediate_dim=14),
     attention=4 * LAYERS,
-    # A feed-forward part with a gate; then the experts, beside one that every
-    # token takes.
-    mlp=3 + (1 + 3),
+    # The experts, beside one that every token takes.
+    mlp=(1 + 3) * LAYERS,
     embeddings=1,
 )
 QWEN3_MOE = backbone(
     "Qwen3MoeBackbone",
     EXPERTS | dict(head_dim=8, moe_intermediate_dim=10, mlp_only_layers=[0]),
     attention=4 * LAYERS,
+    # A feed-forward part with a gate; then the experts.
     mlp=3 + 1,
     embeddings=1,
 )

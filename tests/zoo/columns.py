@@ -118,7 +118,7 @@ def generate(subject: Subject) -> None:
     mask = key.replace("token_ids", "padding_mask")
     prompt = batch if case.prompt is None else case.prompt(batch)
     prompt = {**prompt, mask: prompt[mask].astype(bool)}
-    model.compile(sampler="greedy")
+    model.compile(sampler="greedy", **own_loss(case))
     # What `model.generate()` calls: without a preprocessor that fails over an
     # output that is None, as Gemma3's images.
     found = model.make_generate_function()(prompt, stop_token_ids=None)
@@ -251,7 +251,12 @@ def compile_plainly(model, case):
     # Steps by the sign: in a random model some gradients are tiny.
     optimizer = keras.optimizers.Lion(1e-2)
     if case.labels is not None:
-        model.compile(optimizer=optimizer)
+        model.compile(optimizer=optimizer, **own_loss(case))
         return
     # The metrics of a task want its own kind of labels.
     keras.Model.compile(model, optimizer=optimizer, loss="mse", metrics=[])
+
+
+def own_loss(case):
+    """What `compile` has to be given of a loss."""
+    return {} if case.loss is None else {"loss": case.loss()}
