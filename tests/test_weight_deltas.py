@@ -445,6 +445,7 @@ def test_eva_starts_from_the_principal_directions_of_the_inputs(name):
     assert type(layer) is cls and set(vars(layer)) == attributes
 
 
+@pytest.mark.slice
 def test_eva_in_a_whole_model_trains():
     model = build("bert-classifier")
     inputs, _ = data("bert-classifier")

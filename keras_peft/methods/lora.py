@@ -251,7 +251,7 @@ class LoRAAdapter(KernelAdapter):
 
     def _start(self, rng):
         if self.init == "eva":
-            return leading_directions(self), ops.zeros_like(self.lora_kernel_b)
+            return leading_directions(self), np.zeros(self.lora_kernel_b.shape)
         return start_values(self.init, self.kernel, self.rank, self.scale, rng)
 
     def read_base(self):
