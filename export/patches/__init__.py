@@ -18,14 +18,18 @@ from types import ModuleType
 from typing import Any
 
 from keras_peft.export.patches import erfc
+from keras_peft.export.patches import fourier
 from keras_peft.export.patches import grouped_convolution
 from keras_peft.export.patches import new_axis
 from keras_peft.export.patches import symbolic_integer
+from keras_peft.export.patches import symbolic_repeat
+from keras_peft.export.patches import take_along_axis
+from keras_peft.export.patches import whole_products
 
 PATCHES: dict[str, tuple[ModuleType, ...]] = {
-    "litert": (new_axis, grouped_convolution),
-    "tensorflow": (erfc, grouped_convolution),
-    "torch": (symbolic_integer,),
+    "litert": (fourier, new_axis, grouped_convolution),
+    "tensorflow": (erfc, fourier, grouped_convolution, whole_products),
+    "torch": (symbolic_integer, symbolic_repeat, take_along_axis),
 }
 
 

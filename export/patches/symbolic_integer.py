@@ -1,11 +1,13 @@
-"""`ops.arange(length)` on torch, where the length is a symbol, as in T5.
+"""Symbolic integers of torch as numbers of Keras.
 
-Keras looks the type of a Python number up in a table that does not know
-torch's symbolic integer.
+`ops.arange(length)` as in T5: Keras looks the type of a Python number up in a
+table that does not know torch's symbolic integer. And `ops.mod(x, length)`:
+making a tensor of the symbol fixes the length.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -15,8 +17,16 @@ def patched() -> Iterator[None]:
     from keras.src.backend.common import dtypes
 
     table = dtypes.PYTHON_DTYPES_MAP
+    real = torch.as_tensor
+
+    def as_tensor(data: Any, **options: Any) -> Any:
+        symbolic = isinstance(data, torch.SymInt)
+        return (torch.scalar_tensor if symbolic else real)(data, **options)
+
     table[torch.SymInt] = "int32"
+    torch.as_tensor = as_tensor
     try:
         yield
     finally:
+        torch.as_tensor = real
         del table[torch.SymInt]

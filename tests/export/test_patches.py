@@ -4,13 +4,18 @@ from typing import Any
 
 import keras
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from keras_peft.export import patches
 from keras_peft.export.patches import erfc
+from keras_peft.export.patches import fourier
 from keras_peft.export.patches import grouped_convolution
 from keras_peft.export.patches import symbolic_integer
+from keras_peft.export.patches import symbolic_repeat
+from keras_peft.export.patches import take_along_axis
+from keras_peft.export.patches import whole_products
 from keras_peft.export.signature import read_signature
 
 
@@ -27,6 +32,44 @@ def _counting():
     return keras.Model(inputs, Positions()(inputs))
 
 
+def _repeating():
+    """Every token beside every other one."""
+
+    @keras.saving.register_keras_serializable("tests")
+    class Pairs(keras.layers.Layer):
+        def call(self, inputs):
+            return keras.ops.repeat(inputs[..., None], inputs.shape[1], axis=-1)
+
+    inputs = keras.Input((None,))
+    return keras.Model(inputs, Pairs()(inputs))
+
+
+def _taking():
+    """What stands at the same two places of every row, chosen by its sign."""
+
+    @keras.saving.register_keras_serializable("tests")
+    class Places(keras.layers.Layer):
+        def call(self, inputs):
+            places = keras.ops.cast(inputs[:, :2] > 0, "int32")
+            return keras.ops.take_along_axis(inputs, places, axis=1)
+
+    inputs = keras.Input((None,))
+    return keras.Model(inputs, Places()(inputs))
+
+
+def _mixing():
+    """The real part of a Fourier transform over rows and columns."""
+
+    @keras.saving.register_keras_serializable("tests")
+    class Mixing(keras.layers.Layer):
+        def call(self, inputs):
+            square = inputs[:, :, None] * inputs[:, None]
+            return keras.ops.fft2((square, keras.ops.zeros_like(square)))[0]
+
+    inputs = keras.Input((None,))
+    return keras.Model(inputs, Mixing()(inputs))
+
+
 def _convolution():
     inputs = keras.Input((6, 6, 4))
     return keras.Model(inputs, keras.layers.Conv2D(4, 3, groups=2)(inputs))
@@ -37,12 +80,25 @@ def _gelu():
     return keras.Model(inputs, keras.ops.gelu(inputs * 1.0, approximate=False))
 
 
+def _sequence():
+    inputs = keras.Input((None, 4))
+    x = keras.layers.Dense(6)(inputs)
+    x = keras.layers.EinsumDense("abc,cde->abde", (None, 2, 3))(x)
+    return keras.Model(inputs, x)
+
+
 # The smallest model that fails without each patch.
 NEEDS: dict[Any, Any] = {
     erfc: _gelu,
+    fourier: _mixing,
     grouped_convolution: _convolution,
     symbolic_integer: _counting,
+    symbolic_repeat: _repeating,
+    take_along_axis: _taking,
 }
+
+# The smallest model that becomes longer without each patch.
+LENGTHENED: dict[Any, Any] = {whole_products: _sequence}
 
 
 def _patches():
@@ -89,7 +145,11 @@ def _error(model, path, but=()):
 
 @pytest.mark.slice
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("patch", _patches(), ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "patch",
+    [patch for patch in _patches() if patch not in LENGTHENED],
+    ids=lambda p: p.__name__,
+)
 def test_a_patch_is_needed_and_mends(patch, tmp_path):
     model = NEEDS[patch]()
     # A few float32 roundings of values of the same size.
@@ -97,3 +157,20 @@ def test_a_patch_is_needed_and_mends(patch, tmp_path):
     assert _error(model, tmp_path / "plain.onnx", but=(patch,)) > 1e-3, (
         f"{patch.__name__} mends what is mended already: remove it"
     )
+
+
+@pytest.mark.slice
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "patch",
+    [patch for patch in _patches() if patch in LENGTHENED],
+    ids=lambda p: p.__name__,
+)
+def test_a_patch_shortens_the_graph(patch, tmp_path):
+    model = LENGTHENED[patch]()
+    paths = tmp_path / "short.onnx", tmp_path / "long.onnx"
+    # A few float32 roundings of values of the same size.
+    assert _error(model, paths[0]) <= 2.0**-20
+    assert _error(model, paths[1], but=(patch,)) <= 2.0**-20
+    short, long = (len(onnx.load(path).graph.node) for path in paths)
+    assert short < long

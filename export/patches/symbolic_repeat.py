@@ -1,0 +1,31 @@
+"""`ops.repeat` on torch, as often as a symbol says, as in ESM.
+
+Keras makes a tensor of the symbol: a count that the tracer knows nothing of.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Repeats by views where the count is symbolic."""
+    import torch
+    from keras.src.backend.torch import numpy
+
+    real = numpy.repeat
+
+    def repeat(x: Any, repeats: Any, axis: int | None = None) -> Any:
+        if not isinstance(repeats, torch.SymInt) or axis is None:
+            return real(x, repeats, axis)
+        axis = axis % x.ndim
+        count = [1] * (x.ndim + 1)
+        count[axis + 1] = repeats
+        return x.unsqueeze(axis + 1).repeat(count).flatten(axis, axis + 1)
+
+    numpy.repeat = repeat
+    try:
+        yield
+    finally:
+        numpy.repeat = real

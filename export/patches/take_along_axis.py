@@ -1,0 +1,32 @@
+"""`ops.take_along_axis` on torch, as in a masked language model's head.
+
+torch's own function asks for sizes as numbers, which fixes them.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Gathers with indices that are spread over the other axes first."""
+    import torch
+    from keras.src.backend.torch import numpy
+
+    real = numpy.take_along_axis
+
+    def take_along_axis(x: Any, indices: Any, axis: int | None = None) -> Any:
+        if axis is None:
+            return real(x, indices, axis)
+        shape = list(x.shape)
+        indices = indices.long()
+        indices = torch.where(indices < 0, indices + shape[axis], indices)
+        shape[axis] = indices.shape[axis]
+        return torch.gather(x, axis, indices.expand(shape))
+
+    numpy.take_along_axis = take_along_axis
+    try:
+        yield
+    finally:
+        numpy.take_along_axis = real
