@@ -118,7 +118,8 @@ def _traced(checks: Checks, tracer: str) -> "onnx.ModelProto":
     model, signature = checks.model, checks.signature
     proto = tracing.trace(model, signature, checks.sample, tracer)
     graph = ir.from_proto(proto)
-    outputs = output_names(model, signature.call(model, checks.batches[0]))
+    called = signature.call(model, checks.batches[0])
+    outputs = output_names(model, called, signature.names)
     names.name_interface(graph, signature, outputs)
     variables = {
         variable.path: keras.ops.convert_to_numpy(variable)

@@ -1,16 +1,20 @@
 """What the outputs of a model are called in a file."""
 
+from collections.abc import Collection
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
 
-def output_names(model: keras.Model, outputs: Any) -> list[str]:
+def output_names(
+    model: keras.Model, outputs: Any, inputs: Collection[str] = ()
+) -> list[str]:
     """Names for the outputs of one call, in `keras.tree.flatten`'s order.
 
     Keys of dictionaries, else the name a user gave the output layer, else
-    `output`, numbered where there are several.
+    `output`, numbered where there are several. A name of one of `inputs`, such
+    as `masks`, becomes `output_masks`.
     """
     if isinstance(outputs, dict):
         names = [_path_name(path) for path, _ in _flat_with_path(outputs)]
@@ -20,7 +24,8 @@ def output_names(model: keras.Model, outputs: Any) -> list[str]:
         if len(names) != count or any(map(_is_automatic, names)):
             names = ["output"] if count == 1 else []
             names = names or [f"output_{n}" for n in range(count)]
-    return _unique(names)
+    taken = set(inputs)
+    return _unique([f"output_{n}" if n in taken else n for n in names])
 
 
 def _layer_names(model: keras.Model) -> list[str]:

@@ -62,6 +62,11 @@ class Signature:
         return model(nest, training=False)
 
     @property
+    def names(self) -> list[str]:
+        """Names of the inputs."""
+        return [i.name for i in self.inputs]
+
+    @property
     def axes(self) -> tuple[str, ...]:
         """Names of the free axes, without repetition."""
         names = (d for i in self.inputs for d in i.shape if isinstance(d, str))

@@ -104,7 +104,8 @@ def _converted(checks: Checks) -> bytes:
         inputs, outputs = decoder.names(len(tree.signatureDefs[0].inputs) - 2)
     else:
         inputs = [i.name for i in signature.inputs]
-        outputs = output_names(model, signature.call(model, checks.batches[0]))
+        called = signature.call(model, checks.batches[0])
+        outputs = output_names(model, called, signature.names)
     file.name_interface(tree, inputs, outputs)
     file.name_weights(
         tree, {v.path: keras.ops.convert_to_numpy(v) for v in model.variables}
