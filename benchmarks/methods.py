@@ -33,10 +33,10 @@ from runs.data import installed_preset
 
 RATES = {
     "sentiment": (5e-4, 2e-3, 1e-2, 5e-2),
-    "dialogue": (1e-4, 5e-4, 2e-3, 1e-2),
+    "dialogue": (2e-5, 1e-4, 5e-4, 2e-3, 1e-2),
 }
 # Full fine-tuning wants smaller ones.
-FULL_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
+FULL_RATES = (5e-6, 2e-5, 5e-5, 1e-4)
 SEEDS = 3
 LIBRARIES = ("keras_peft", "peft")
 SETTINGS = dict(rank=8)
@@ -75,10 +75,19 @@ METHODS = {
     "PTuning": ("PTuning", {"num_tokens": 20}),
     "PrefixTuning": ("PrefixTuning", {"num_tokens": 20}),
 }
+# What the width of SmolLM2-135M asks for; it has no bias to train.
+DIALOGUE_METHODS = METHODS | {"Compacter": ("Compacter", {"reduction": 36})}
+del DIALOGUE_METHODS["BitFit"]
+
+
+def methods(task):
+    return DIALOGUE_METHODS if task == "dialogue" else METHODS
 
 
 def jobs(options):
-    names = options.methods.split(",") if options.methods else list(METHODS)
+    names = list(methods(options.task))
+    if options.methods:
+        names = options.methods.split(",")
     libraries = options.libraries.split(",")
     return list(itertools.product(libraries, names))
 
@@ -121,7 +130,8 @@ def work(options, library, name):
         from runs.keras_peft_runs import Runner
     rows = {key(row): row for row in read(options.results)}
     with device(options.results):
-        runner = Runner(options.task, options.preset, name, *METHODS[name])
+        method = methods(options.task)[name]
+        runner = Runner(options.task, options.preset, name, *method)
     if not runner.available:
         return
 

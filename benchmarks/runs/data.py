@@ -9,6 +9,9 @@ import numpy as np
 DATA = Path(__file__).parents[2] / "examples" / "data"
 BATCH = {"sentiment": 32, "dialogue": 16}
 EPOCHS = {"sentiment": 3, "dialogue": 1}
+# Small: Keras adds it before the correction of Adam's averages, torch after it,
+# and many gradients of products of factors are smaller than the usual one.
+EPSILON = 1e-12
 LENGTH = {"sentiment": 48, "dialogue": 64}
 
 

@@ -10,6 +10,7 @@ import keras_hub
 import numpy as np
 from runs.data import BATCH
 from runs.data import EPOCHS
+from runs.data import EPSILON
 from runs.data import load
 
 import keras_peft
@@ -118,7 +119,7 @@ class Runner:
         }
         kind = kinds.get(self.name, keras.optimizers.AdamW)
         optimizer = type("Decaying" + kind.__name__, (Decaying, kind), {})(
-            weight_decay=0.01
+            weight_decay=0.01, epsilon=EPSILON
         )
         optimizer.steps = self.steps
         self.model.compile(

@@ -9,6 +9,7 @@ import torch
 import transformers
 from runs.data import BATCH
 from runs.data import EPOCHS
+from runs.data import EPSILON
 from runs.data import load
 
 LINEAR = {
@@ -150,7 +151,7 @@ class Runner:
         return model.to(DEVICE)
 
     def _optimizer(self, model, rate):
-        options = dict(lr=rate, weight_decay=0.01, eps=1e-7)
+        options = dict(lr=rate, weight_decay=0.01, eps=EPSILON)
         adapted = model.base if self.task == "sentiment" else model
         if self.name == "LoRA+":
             return peft.optimizers.create_loraplus_optimizer(
@@ -176,7 +177,7 @@ class Runner:
         ]
         if others:  # The head, where the recipe knows adapters only.
             optimizers.append(
-                torch.optim.AdamW(others, rate, weight_decay=0.01, eps=1e-7)
+                torch.optim.AdamW(others, rate, weight_decay=0.01, eps=EPSILON)
             )
         total = steps or self.steps
         decays = [
