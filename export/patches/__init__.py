@@ -23,12 +23,19 @@ from keras_peft.export.patches import grouped_convolution
 from keras_peft.export.patches import new_axis
 from keras_peft.export.patches import symbolic_integer
 from keras_peft.export.patches import symbolic_repeat
+from keras_peft.export.patches import symbolic_size
 from keras_peft.export.patches import take_along_axis
 from keras_peft.export.patches import whole_products
 
 PATCHES: dict[str, tuple[ModuleType, ...]] = {
-    "litert": (fourier, new_axis, grouped_convolution),
-    "tensorflow": (erfc, fourier, grouped_convolution, whole_products),
+    "litert": (fourier, new_axis, grouped_convolution, symbolic_size),
+    "tensorflow": (
+        erfc,
+        fourier,
+        grouped_convolution,
+        symbolic_size,
+        whole_products,
+    ),
     "torch": (symbolic_integer, symbolic_repeat, take_along_axis),
 }
 

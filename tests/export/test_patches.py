@@ -14,6 +14,7 @@ from keras_peft.export.patches import fourier
 from keras_peft.export.patches import grouped_convolution
 from keras_peft.export.patches import symbolic_integer
 from keras_peft.export.patches import symbolic_repeat
+from keras_peft.export.patches import symbolic_size
 from keras_peft.export.patches import take_along_axis
 from keras_peft.export.patches import whole_products
 from keras_peft.export.signature import read_signature
@@ -87,6 +88,12 @@ def _sequence():
     return keras.Model(inputs, x)
 
 
+def _larger():
+    inputs = keras.Input((None, None, 3))
+    layer = keras.layers.UpSampling2D(2, interpolation="bilinear")
+    return keras.Model(inputs, layer(inputs))
+
+
 # The smallest model that fails without each patch.
 NEEDS: dict[Any, Any] = {
     erfc: _gelu,
@@ -94,6 +101,7 @@ NEEDS: dict[Any, Any] = {
     grouped_convolution: _convolution,
     symbolic_integer: _counting,
     symbolic_repeat: _repeating,
+    symbolic_size: _larger,
     take_along_axis: _taking,
 }
 

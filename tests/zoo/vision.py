@@ -49,9 +49,9 @@ def _basnet():
     import keras_hub
 
     return keras_hub.models.BASNetBackbone(
-        image_encoder=encoder([64, 12, 16, 20]),
+        image_encoder=encoder([64, 6, 8, 10], stem=2),
         num_classes=1,
-        projection_filters=8,
+        projection_filters=2,
     )
 
 
@@ -132,7 +132,6 @@ EFFICIENTNET = backbone(
         stackwise_strides=[1, 2, 1, 2],
         stackwise_squeeze_and_excite_ratios=[0.0, 0.25, 0.25, 0.25],
         stackwise_block_types=["cba", "v1", "fused", "unfused"],
-        num_features=32,
         dropout=0.0,
     ),
     # Expansion, depthwise, squeeze, excitation, projection; fused: one for
@@ -214,6 +213,8 @@ MOBILENET5 = backbone(
         stem_size=8,
         num_features=20,
         msfa_output_resolution=4,
+        # How it comes to that size depends on the size of the image.
+        image_shape=(64, 64, 3),
     ),
     # The stem; two; three depthwise and two pointwise; query and output, keys
     # and values each with a depthwise one down, and one for positions; fused
