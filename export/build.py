@@ -41,8 +41,9 @@ def build_onnx(
             name. Inputs are made from the model's input specs by default.
         tolerance: Largest accepted difference of the final graph, relative
             to the largest magnitude of each output. By default a float32
-            graph must meet a bound derived from rounding, and a quantized
-            graph is measured and reported only.
+            graph must meet a bound derived from rounding, and from how far
+            the model magnifies a change of its inputs, and a quantized graph
+            is measured and reported only.
 
     Returns:
         An `OnnxResult`.
@@ -95,8 +96,12 @@ def _float_graph(
     for tracer in tracers:
         try:
             graph = _traced(checks, tracer)
-            bound = tolerance or comparison.rounding_bound(graph)
-            check = _compare(checks, graph, "float32", bound)
+            if tolerance is None:
+                bound = comparison.rounding_bound(graph)
+                forward = comparison.forward(graph)
+                check = checks.compare_exactly(forward, bound)
+            else:
+                check = _compare(checks, graph, "float32", tolerance)
             enforce(check)
         except Exception as error:
             notes.append(f"The {tracer} tracer failed: {error}")

@@ -85,7 +85,7 @@ def compare(
             for batch in batches
         ),
         max_abs=max(_max_abs(*pair) for pair in pairs),
-        relative=max(_relative(*pair) for pair in pairs),
+        relative=max(relative(*pair) for pair in pairs),
         cosine=min(_cosine(*pair) for pair in pairs),
         tolerance=tolerance,
     )
@@ -125,7 +125,8 @@ def _max_abs(output: np.ndarray, reference: np.ndarray) -> float:
     return math.inf if np.isnan(largest) else float(largest)
 
 
-def _relative(output: np.ndarray, reference: np.ndarray) -> float:
+def relative(output: np.ndarray, reference: np.ndarray) -> float:
+    """The largest difference over the largest magnitude."""
     scale = np.max(np.abs(reference.astype("float64")), initial=0.0)
     return _max_abs(output, reference) / max(float(scale), 1e-30)
 

@@ -60,10 +60,11 @@ def build_litert(
             "for the last two, which are decoded one by one."
         )
         checks = checks.on([exact.admitted(b) for b in checks.batches])
-    bound = exact.rounding_bound()
     if quantize is None and tolerance is not None:
-        bound = tolerance
-    steps = [checks.compare(exact.runner(), "float32", bound)]
+        steps = [checks.compare(exact.runner(), "float32", tolerance)]
+    else:
+        bound = exact.rounding_bound()
+        steps = [checks.compare_exactly(exact.runner(), bound)]
     enforce(steps[0])
     final = exact
     left_float: tuple[FloatWeight, ...] = ()
