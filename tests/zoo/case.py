@@ -41,7 +41,8 @@ class Case:
             itself by default, with the places to fill masked.
         labels: Makes targets for `fit` from the model and its inputs; by
             default numbers in the structure of the outputs.
-        loss: Makes the loss of a task that has none of its own.
+        weights: Makes weights of samples from the inputs, where a task cannot
+            be trained without.
         unable: `{column: reason}` where keras-hub itself cannot run, or cannot
             run on a backend (`"train on jax"`), or nothing there (`"torch"`).
     """
@@ -58,7 +59,7 @@ class Case:
     inputs: Callable[[keras.Model, int], Any] | None = None
     prompt: Callable[[Any], Any] | None = None
     labels: Callable[[keras.Model, Any], Any] | None = None
-    loss: Callable[[], keras.Loss] | None = None
+    weights: Callable[[Any], Any] | None = None
     unable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property

@@ -3,6 +3,7 @@
 A column takes a `Subject` and raises where the model does not hold it.
 """
 
+import contextlib
 import re
 import tempfile
 from collections.abc import Callable
@@ -83,7 +84,16 @@ def train(subject: Subject) -> None:
     compile_plainly(model, case)
     # The second factor leaves zero in the first step, and so moves the first
     # one in the second.
-    model.fit(subject.batch, labels, batch_size=3, epochs=2, verbose=0)
+    weights = case.weights(subject.batch) if case.weights else None
+    with preprocessed(model):
+        model.fit(
+            subject.batch,
+            labels,
+            sample_weight=weights,
+            batch_size=3,
+            epochs=2,
+            verbose=0,
+        )
     still = [key for key, v in learned.items() if bits(v) == before[key]]
     still = [
         key for key in still if not any(re.search(p, key) for p in case.idle)
@@ -118,7 +128,7 @@ def generate(subject: Subject) -> None:
     mask = key.replace("token_ids", "padding_mask")
     prompt = batch if case.prompt is None else case.prompt(batch)
     prompt = {**prompt, mask: prompt[mask].astype(bool)}
-    model.compile(sampler="greedy", **own_loss(case))
+    model.compile(sampler="greedy")
     # What `model.generate()` calls: without a preprocessor that fails over an
     # output that is None, as Gemma3's images.
     found = model.make_generate_function()(prompt, stop_token_ids=None)
@@ -251,12 +261,18 @@ def compile_plainly(model, case):
     # Steps by the sign: in a random model some gradients are tiny.
     optimizer = keras.optimizers.Lion(1e-2)
     if case.labels is not None:
-        model.compile(optimizer=optimizer, **own_loss(case))
+        model.compile(optimizer=optimizer)
         return
     # The metrics of a task want its own kind of labels.
     keras.Model.compile(model, optimizer=optimizer, loss="mse", metrics=[])
 
 
-def own_loss(case):
-    """What `compile` has to be given of a loss."""
-    return {} if case.loss is None else {"loss": case.loss()}
+@contextlib.contextmanager
+def preprocessed(model):
+    """Within, `fit` takes batches as the model is called with them."""
+    preprocessor = getattr(model, "preprocessor", None)
+    if preprocessor is not None:
+        model.preprocessor = None
+    yield
+    if preprocessor is not None:
+        model.preprocessor = preprocessor

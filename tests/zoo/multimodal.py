@@ -1,6 +1,6 @@
 """Models of text with images or films."""
 
-import keras
+import dataclasses
 
 from zoo.case import Case
 from zoo.case import backbone
@@ -124,7 +124,7 @@ def make_parseq():
     )
     return keras_hub.models.PARSeqBackbone(
         image_encoder=encoder,
-        vocabulary_size=50,
+        vocabulary_size=26,
         max_label_length=11,
         decoder_hidden_dim=16,
         num_decoder_layers=LAYERS,
@@ -147,6 +147,21 @@ PARSEQ = Case(
     embeddings=2,
     convolutions=1,
 )
+
+
+def make_parseq_lm():
+    import keras_hub
+
+    # It cannot be made without its preprocessor.
+    preprocessor = keras_hub.models.PARSeqCausalLMPreprocessor(
+        tokenizer=keras_hub.models.PARSeqTokenizer(
+            vocabulary=[chr(97 + n) for n in range(23)], max_label_length=11
+        ),
+        sequence_length=11,
+    )
+    return keras_hub.models.PARSeqCausalLM(
+        backbone=make_parseq(), preprocessor=preprocessor
+    )
 
 
 def characters(model, batch):
@@ -296,11 +311,12 @@ CASES: tuple[Case, ...] = (
     PALI_GEMMA,
     language_model("PaliGemmaCausalLM", PALI_GEMMA),
     PARSEQ,
-    language_model(
-        "PARSeqCausalLM",
+    dataclasses.replace(
         PARSEQ,
+        name="PARSeqCausalLM",
+        make=make_parseq_lm,
         labels=characters,
-        loss=lambda: keras.losses.SparseCategoricalCrossentropy(True),
+        weights=lambda batch: batch["padding_mask"] > 0,
     ),
     BLIP2_OPT,
     language_model("BLIP2CausalLM", BLIP2_OPT),
