@@ -94,8 +94,8 @@ class Candidates:
 
     def matching(self, target: str) -> list[str]:
         """Paths of the layers that one target names."""
-        if target in GROUPS:
-            return self.group(target)
+        if target in GROUPS and (group := self.group(target)):
+            return group
         check_pattern(target)
         return [
             path

@@ -13,8 +13,8 @@ class OfVectors:
         raise NotImplementedError
 
     def accepts(self, layer):
-        # While the layer is called, its variables stand for their sums, and
-        # those of layers inside it would not be known.
+        # Around other layers there is no norm: spectral normalization keeps
+        # vectors of its own there.
         alone = not any(layer_tree.children(layer))
         return alone and bool(self.variables(layer))
 
