@@ -47,9 +47,9 @@ def adapt(
             over the end of a layer's path (`r"layers\.[01]\..*"`), or groups:
             `"attention"`, `"mlp"`, `"all-linear"`, `"embeddings"`,
             `"convolutions"`. Groups leave the head out. `None` takes the
-            linear layers of transformer blocks, attention and feed-forward;
-            without blocks, all linear layers; and the convolutions too where
-            they hold more weights.
+            linear layers of transformer blocks, attention and feed-forward,
+            experts included; without blocks, all linear and recurrent layers;
+            and the convolutions too where they hold more weights.
         name: Name of the adapter, for a model that carries several.
         head: Layers that train in full and are saved with the adapter, named
             as in `targets`. `None` finds them: whatever stands outside
