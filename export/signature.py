@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_peft.export import subclassed
 from keras_peft.export.adapters import taken_positions
+from keras_peft.export.patches import schedule
 
 # Text inputs of one call share their length, so their graphs share its name.
 _TEXT_INPUTS = ("token_ids", "segment_ids", "padding_mask")
@@ -57,9 +58,10 @@ class Signature:
     def call(self, model: Any, tensors: dict[str, Any]) -> Any:
         """The outputs of `model` for tensors given by name."""
         nest = keras.tree.map_structure(tensors.__getitem__, self.structure)
-        if self.by_keyword:
-            return model(**nest, training=False)
-        return model(nest, training=False)
+        with schedule.patched():
+            if self.by_keyword:
+                return model(**nest, training=False)
+            return model(nest, training=False)
 
     @property
     def names(self) -> list[str]:

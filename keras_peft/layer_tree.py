@@ -71,7 +71,7 @@ def children(parent: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
     if isinstance(parent, keras.Sequential):
         found = list(parent.layers)
     else:
-        found = [*_untracked(parent), *parent._layers]
+        found = _held(parent)
     attributes = _attribute_names(parent, {id(child) for child in found})
     adapters = parent.adapters.values() if is_adapted(parent) else ()
     adapters = {id(adapter) for adapter in adapters}
@@ -82,20 +82,21 @@ def children(parent: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
         yield attributes.get(id(child)) or _stable_name(child, counts), child
 
 
-def _untracked(parent):
-    """Layers that a backbone of keras-hub holds, unknown to Keras on torch.
+def _held(parent):
+    """The layers of a parent, in the order in which it came to hold them.
 
-    There its attributes are set past Keras; on other backends they come first
-    among its layers.
+    On torch, what a backbone of keras-hub sets first goes past Keras.
     """
-    known = {id(child) for child in parent._layers}
+    known = list(parent._layers)
+    first: dict[int, keras.Layer] = {}
     for name, value in vars(parent).items():
-        if name.startswith(_BOOKKEEPING):
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, keras.Layer) and id(item) not in known:
-                known.add(id(item))
-                yield item
+        if not name.startswith(_BOOKKEEPING):
+            items = value if isinstance(value, list) else [value]
+            layers = [la for la in items if isinstance(la, keras.Layer)]
+            first |= {id(layer): layer for layer in layers}
+    if first.keys() <= {id(layer) for layer in known}:
+        return known
+    return [*first.values(), *(la for la in known if id(la) not in first)]
 
 
 def _attribute_names(parent, wanted):
