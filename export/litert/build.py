@@ -1,6 +1,7 @@
 """From a Keras model to a checked LiteRT file in memory."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from typing import Any
 
 import keras
@@ -14,7 +15,11 @@ from keras_peft.export.output_names import output_names
 from keras_peft.export.result import FloatWeight
 from keras_peft.export.result import LiteRtResult
 from keras_peft.export.result import TensorSpec
+from keras_peft.export.result import Verification
 from keras_peft.export.single_precision import in_float32
+
+if TYPE_CHECKING:
+    from keras_peft.export.litert.file import LiteRtFile
 
 _PACKAGES = ("ai_edge_litert", "tensorflow")
 
@@ -53,19 +58,9 @@ def build_litert(
 
     model, notes = in_float32(model)
     checks = prepare_checks(model, calibration)
-    exact = LiteRtFile(_converted(checks))
-    if exact.generates:
-        notes.append(
-            "Figures are those of texts whose tokens are read at once, but "
-            "for the last two, which are decoded one by one."
-        )
-        checks = checks.on([exact.admitted(b) for b in checks.batches])
-    if quantize is None and tolerance is not None:
-        steps = [checks.compare(exact.runner(), "float32", tolerance)]
-    else:
-        bound = exact.rounding_bound()
-        steps = [checks.compare_exactly(exact.runner(), bound)]
-    enforce(steps[0])
+    bound = tolerance if quantize is None else None
+    exact, checks, exact_check, more = _float_file(checks, bound)
+    steps = [exact_check]
     final = exact
     left_float: tuple[FloatWeight, ...] = ()
     if quantize is not None:
@@ -81,27 +76,64 @@ def build_litert(
         outputs=exact.decoder_specs("outputs")
         or _outputs(checks, exact.output_names()),
         tracer="tensorflow",
-        notes=tuple(notes),
+        notes=(*notes, *more),
         verification=tuple(steps),
         weights_left_float=left_float,
-        sizes={
-            step.step: file.num_bytes
-            for step, file in zip(steps, (exact, final), strict=False)
-        },
+        sizes={"float32": exact.num_bytes}
+        | ({quantize: final.num_bytes} if quantize else {}),
     )
 
 
-def _converted(checks: Checks) -> bytes:
+def _float_file(
+    checks: Checks, tolerance: float | None
+) -> tuple["LiteRtFile", Checks, Verification, list[str]]:
+    """The file, what it was checked on and how, and what to know of it.
+
+    A model that writes text gets a cache, unless its own gives other logits
+    than the whole model does.
+    """
+    from keras_peft.export.litert import decoder
+    from keras_peft.export.litert.trace import DECODER
+
+    if not decoder.generates(checks.model, checks.signature):
+        return *_checked(checks, tolerance, "model"), []
+    try:
+        return *_checked(checks, tolerance, DECODER), [
+            "Figures are those of texts whose tokens are read at once, but "
+            "for the last two, which are decoded one by one."
+        ]
+    except (tracing.TracingError, ValueError) as error:
+        return *_checked(checks, tolerance, "model"), [
+            f"The file reads whole texts, without a cache: {error}"
+        ]
+
+
+def _checked(
+    checks: Checks, tolerance: float | None, stem: str
+) -> tuple["LiteRtFile", Checks, Verification]:
+    from keras_peft.export.litert.file import LiteRtFile
+
+    file = LiteRtFile(_converted(checks, stem))
+    if file.generates:
+        checks = checks.on([file.admitted(b) for b in checks.batches])
+    bound = tolerance or file.rounding_bound()
+    check = checks.compare(file.runner(), "float32", bound)
+    enforce(check)
+    return file, checks, check
+
+
+def _converted(checks: Checks, stem: str) -> bytes:
     from keras_peft.export.litert import decoder
     from keras_peft.export.litert import file
     from keras_peft.export.litert import flatbuffer
+    from keras_peft.export.litert.trace import DECODER
 
     model, signature = checks.model, checks.signature
     with tracing.traced(
-        model, signature, checks.sample, "tensorflow", "model.tflite"
+        model, signature, checks.sample, "tensorflow", f"{stem}.tflite"
     ) as path:
         tree = flatbuffer.read(path.read_bytes())
-    if decoder.generates(model, signature):
+    if stem == DECODER:
         inputs, outputs = decoder.names(len(tree.signatureDefs[0].inputs) - 2)
     else:
         inputs = [i.name for i in signature.inputs]

@@ -13,6 +13,10 @@ _LARGEST = 127  # Symmetric: -128 would have no counterpart.
 # The largest number of float16.
 _LARGEST_HALF = 65504.0
 
+# What a scale and its offset take, and an operator that multiplies by scales.
+_SCALE_BYTES = 12
+_OPERATOR_BYTES = 256
+
 # An operator that reads a tensor, and at which position.
 Use = tuple[Any, int]
 
@@ -38,10 +42,13 @@ def quantize_int8(model: Any) -> tuple[FloatWeight, ...]:
             content = _float_constant(graph, index)
             if content is None:
                 continue
-            if sum(size > 1 for size in content.shape) >= 2:
+            reason = _reason_to_keep(content)
+            if reason is None:
                 _quantize(graph, index, content, uses)
             elif content.size > 1:
-                left[graph.name(index)] = _left_float(graph, index, content)
+                left[graph.name(index)] = FloatWeight(
+                    graph.name(index), content.shape, content.nbytes, reason
+                )
     return tuple(left.values())
 
 
@@ -69,9 +76,13 @@ def _float_constant(graph: Graph, index: int) -> np.ndarray | None:
     return content if content is not None and content.dtype == "f4" else None
 
 
-def _left_float(graph: Graph, index: int, content: np.ndarray) -> FloatWeight:
-    reason = "one number per channel: a bias, a norm scale or a constant"
-    return FloatWeight(graph.name(index), content.shape, content.nbytes, reason)
+def _reason_to_keep(content: np.ndarray) -> str | None:
+    """Why a float array is no matrix to quantize; `None` if it is one."""
+    if sum(size > 1 for size in content.shape) < 2:
+        return "one number per channel: a bias, a norm scale or a constant"
+    if 3 * content.size < _SCALE_BYTES * max(content.shape) + _OPERATOR_BYTES:
+        return "so small that scales take more than 8 bits save"
+    return None
 
 
 def _quantize(

@@ -1,5 +1,6 @@
 """Keras model on the TensorFlow backend -> LiteRT file in float32."""
 
+import re
 import tempfile
 from collections.abc import Collection
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from keras_peft.export.signature import Signature
 
 # The only signature of a file, which runtimes look for by this name.
 SIGNATURE = "serving_default"
+# The stem of a file that is to have a cache.
+DECODER = "decoder"
 
 
 def trace(
@@ -26,7 +29,7 @@ def trace(
 ) -> None:
     """Writes the file that computes what a call of `model` does.
 
-    A model that writes text gets a signature for its prompt, and one for each
+    A file called `decoder` gets a signature for a prompt, and one for each
     token after it. Inputs are called `input_<position>`, and outputs
     `output_<position>`. `but` names patches that stay away.
     """
@@ -38,7 +41,7 @@ def trace(
 
     with patches.applied("litert", but):
         functions = {SIGNATURE: (flat, signature.inputs)}
-        if decoder.generates(model, signature):
+        if path.stem == DECODER:
             functions = decoder.functions(model)
         path.write_bytes(_convert(model, functions))
 
@@ -51,6 +54,7 @@ def _convert(
     Only operators that every LiteRT runtime has are let in.
     """
     import tensorflow as tf
+    from tensorflow.lite.python.convert_phase import ConverterError
 
     module = tf.Module()
     # Variables that the module does not hold would come out empty.
@@ -65,7 +69,25 @@ def _convert(
             folder, signature_keys=list(functions)
         )
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        return converter.convert()
+        try:
+            return converter.convert()
+        except ConverterError as error:
+            lacking = _lacking(str(error))
+            if not lacking:
+                raise
+            raise ValueError(
+                "LiteRT has no operator for a part of the model. Export to "
+                "ONNX, or write that part in other operators. Received: "
+                + ", ".join(lacking)
+            ) from error
+
+
+def _lacking(message: str) -> list[str]:
+    """Operators that the converter did not know, and where they are."""
+    found = re.findall(
+        r"fused\[\"(\w+):\", \"([^@\"]*)@[^\n]*'tf\.\w+' op is neither", message
+    )
+    return sorted({f"tf.{kind} in {place}" for kind, place in found})
 
 
 def _function(function: Any, inputs: tuple[ModelInput, ...]) -> Any:

@@ -17,10 +17,13 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from keras_peft.export.patches import delta_rule
 from keras_peft.export.patches import erfc
 from keras_peft.export.patches import fourier
 from keras_peft.export.patches import grouped_convolution
+from keras_peft.export.patches import integer_arithmetic
 from keras_peft.export.patches import new_axis
+from keras_peft.export.patches import recurrence
 from keras_peft.export.patches import symbolic_integer
 from keras_peft.export.patches import symbolic_repeat
 from keras_peft.export.patches import symbolic_size
@@ -28,8 +31,15 @@ from keras_peft.export.patches import take_along_axis
 from keras_peft.export.patches import whole_products
 
 PATCHES: dict[str, tuple[ModuleType, ...]] = {
-    "litert": (fourier, new_axis, grouped_convolution, symbolic_size),
+    "litert": (
+        fourier,
+        integer_arithmetic,
+        new_axis,
+        recurrence,
+        symbolic_size,
+    ),
     "tensorflow": (
+        delta_rule,
         erfc,
         fourier,
         grouped_convolution,

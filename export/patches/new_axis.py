@@ -18,7 +18,7 @@ def patched() -> Iterator[None]:
     real = tf.Tensor.__getitem__
 
     def getitem(tensor: Any, key: Any, *args: Any) -> Any:
-        keys = key if isinstance(key, tuple) else (key,)
+        keys = tuple(key) if isinstance(key, tuple | list) else (key,)
         if tensor.shape.rank is None or not any(k is None for k in keys):
             return real(tensor, key, *args)
         keys = _without_ellipsis(keys, tensor.shape.rank)

@@ -74,7 +74,7 @@ def check_every_promise(model):
     large = [
         array.dtype
         for _, array, readers in constants(result.model.content)
-        if array.size > 512 and min(array.shape) > 1 and readers
+        if readers and 3 * array.size > 12 * max(array.shape, default=0) + 256
     ]
     assert np.dtype("float32") not in large
     return result
@@ -308,6 +308,8 @@ class Determinant(keras.layers.Layer):
 
 def test_an_operator_that_the_runtime_lacks_is_named(tmp_path):
     model = model_table.with_layer(Determinant())
-    with pytest.raises(TracingError, match="MatrixDeterminant"):
+    with pytest.raises(
+        TracingError, match="tf.MatrixDeterminant in .*determinant"
+    ):
         export.to_litert(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()

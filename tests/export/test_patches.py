@@ -7,11 +7,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from ai_edge_litert.interpreter import Interpreter
 
 from keras_peft.export import patches
 from keras_peft.export.patches import erfc
 from keras_peft.export.patches import fourier
 from keras_peft.export.patches import grouped_convolution
+from keras_peft.export.patches import integer_arithmetic
+from keras_peft.export.patches import new_axis
+from keras_peft.export.patches import recurrence
 from keras_peft.export.patches import symbolic_integer
 from keras_peft.export.patches import symbolic_repeat
 from keras_peft.export.patches import symbolic_size
@@ -94,11 +98,49 @@ def _larger():
     return keras.Model(inputs, layer(inputs))
 
 
+def _recurrent():
+    """Masked rows, read backwards too."""
+    inputs = keras.Input((None, 4))
+    masked = keras.layers.Masking()(inputs)
+    layer = keras.layers.GRU(3, return_sequences=True)
+    return keras.Model(inputs, keras.layers.Bidirectional(layer)(masked))
+
+
+def _distances():
+    """Signs and magnitudes of 64-bit integers."""
+
+    @keras.saving.register_keras_serializable("tests")
+    class Distances(keras.layers.Layer):
+        def call(self, inputs):
+            far = keras.ops.cast(inputs * 9, "int64")
+            far = keras.ops.sign(far) * (1 + keras.ops.abs(far))
+            return keras.ops.cast(far, inputs.dtype)
+
+    inputs = keras.Input((None,))
+    return keras.Model(inputs, Distances()(inputs))
+
+
+def _axes():
+    """Five axes, one of them new and three of a free size."""
+
+    @keras.saving.register_keras_serializable("tests")
+    class Axes(keras.layers.Layer):
+        def call(self, inputs):
+            square = inputs[..., None] * inputs[:, None]
+            return (square[:, None, ..., None] + 1)[:, 0, :, :, 0]
+
+    inputs = keras.Input((None,))
+    return keras.Model(inputs, Axes()(inputs))
+
+
 # The smallest model that fails without each patch.
 NEEDS: dict[Any, Any] = {
     erfc: _gelu,
     fourier: _mixing,
     grouped_convolution: _convolution,
+    integer_arithmetic: _distances,
+    new_axis: _axes,
+    recurrence: _recurrent,
     symbolic_integer: _counting,
     symbolic_repeat: _repeating,
     symbolic_size: _larger,
@@ -132,6 +174,8 @@ def _error(model, path, but=()):
         }
 
     try:
+        if path.suffix == ".tflite":
+            return _litert_error(model, signature, batch(3, 7), path, but)
         if keras.config.backend() == "torch":
             from keras_peft.export import trace_torch
 
@@ -147,8 +191,22 @@ def _error(model, path, but=()):
         found = session.run(None, flat)[0]
     except Exception:
         return np.inf
+    return _relative(model, signature, given, found)
+
+
+def _relative(model, signature, given, found):
     wanted = keras.ops.convert_to_numpy(signature.call(model, given))
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def _litert_error(model, signature, given, path, but):
+    from keras_peft.export.litert import trace
+
+    trace.trace(model, signature, path, but)
+    interpreter = Interpreter(model_path=str(path))
+    run = interpreter.get_signature_runner(trace.SIGNATURE)
+    values = {f"input_{n}": v for n, v in enumerate(given.values())}
+    return _relative(model, signature, given, run(**values)["output_0"])
 
 
 @pytest.mark.slice
@@ -163,6 +221,22 @@ def test_a_patch_is_needed_and_mends(patch, tmp_path):
     # A few float32 roundings of values of the same size.
     assert _error(model, tmp_path / "mended.onnx") <= 2.0**-20
     assert _error(model, tmp_path / "plain.onnx", but=(patch,)) > 1e-3, (
+        f"{patch.__name__} mends what is mended already: remove it"
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="converts in this process"
+)
+@pytest.mark.parametrize(
+    "patch", patches.PATCHES["litert"], ids=lambda p: p.__name__
+)
+def test_a_patch_is_needed_for_litert_and_mends(patch, tmp_path):
+    model = NEEDS[patch]()
+    # A few float32 roundings of values of the same size.
+    assert _error(model, tmp_path / "mended.tflite") <= 2.0**-20
+    assert _error(model, tmp_path / "plain.tflite", but=(patch,)) > 1e-3, (
         f"{patch.__name__} mends what is mended already: remove it"
     )
 
