@@ -170,12 +170,13 @@ def _kernel_changes(model, name, adapter):
         for variable, change in _deltas(leaf):
             if view is not None and variable is view.variable:
                 changes[path] = view.to_matrix(change)
-            elif change.any():
+            elif view is None or change.any():
                 others.append(f"`{path}.{variable.name}`")
     if others:
         raise ValueError(
-            f"{type(adapter.method).__name__} changes more than kernels, "
-            f"which plain LoRA cannot: {', '.join(others[:8])}. Serve this "
+            f"{type(adapter.method).__name__} changes more than kernels that "
+            "are one matrix, and conversion to LoRA is for these alone: "
+            f"{', '.join(others[:8])}. Serve this "
             "adapter merged, with `keras_peft.merge(model)`, or as it is. "
             f"Received: name={name!r}"
         )
