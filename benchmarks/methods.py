@@ -129,9 +129,8 @@ def work(options, library, name):
     else:
         from runs.keras_peft_runs import Runner
     rows = {key(row): row for row in read(options.results)}
-    with device(options.results):
-        method = methods(options.task)[name]
-        runner = Runner(options.task, options.preset, name, *method)
+    method = methods(options.task)[name]
+    runner = Runner(options.task, options.preset, name, *method)
     if not runner.available:
         return
 

@@ -68,6 +68,7 @@ class Runner:
         self.starts = [
             (v, keras.ops.convert_to_numpy(v)) for v in self.model.variables
         ]
+        self._compile_steps(rows)
 
     def run(self, rate, seed):
         self._restart(seed)
@@ -79,11 +80,7 @@ class Runner:
 
     def time(self, rate, alone):
         """Milliseconds of a step of `fit`, in the context `alone()`."""
-        rows = TIMED_STEPS * self.batch
-        arrays = [
-            keras.tree.map_structure(lambda a: a[:rows], array)
-            for array in self._arrays("train")
-        ]
+        arrays = self._first(TIMED_STEPS * self.batch)
         times = []
 
         class Clock(keras.callbacks.Callback):
@@ -128,6 +125,11 @@ class Runner:
         )
         optimizer.build(self.model.trainable_variables)
 
+    def _compile_steps(self, rows):
+        """Steps of a whole batch and of the last one, while others train."""
+        arrays = self._first(self.batch + rows % self.batch)
+        self._fit(0.0, *arrays, 1)
+
     def _restart(self, seed):
         """The start values of a seed; the first is that of `adapt`."""
         keras.utils.set_random_seed(seed)
@@ -166,6 +168,13 @@ class Runner:
         if self.task == "sentiment":
             inputs["segment_ids"] = np.zeros_like(data["tokens"])
         return inputs, data["targets"], data["weights"]
+
+    def _first(self, rows):
+        """`_arrays("train")`, of some rows."""
+        return keras.tree.map_structure(
+            lambda array: None if array is None else array[:rows],
+            self._arrays("train"),
+        )
 
     def _fit(self, rate, inputs, targets, weights, epochs, callbacks=()):
         if self.name == "AdaLoRA":
