@@ -34,6 +34,10 @@ _TRACER_PACKAGES = {
 }
 
 
+# In names of layers that step through time without being of Keras' `RNN`.
+_RECURRENT = ("TimeMix", "DeltaNet")
+
+
 def tracers_for(model: keras.Model) -> list[str]:
     """Installed tracers, the one with the better graph for `model` first.
 
@@ -47,6 +51,7 @@ def tracers_for(model: keras.Model) -> list[str]:
         counts["dense"] += "Dense" in name
         counts["convolution"] += "Conv" in name
         counts["recurrent"] += isinstance(layer, keras.layers.RNN)
+        counts["recurrent"] += any(word in name for word in _RECURRENT)
     wants_tensorflow = (
         counts["recurrent"] or counts["convolution"] > counts["dense"]
     )

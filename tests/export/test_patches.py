@@ -10,6 +10,7 @@ import pytest
 from ai_edge_litert.interpreter import Interpreter
 
 from keras_peft.export import patches
+from keras_peft.export.patches import delta_rule
 from keras_peft.export.patches import erfc
 from keras_peft.export.patches import fourier
 from keras_peft.export.patches import grouped_convolution
@@ -133,8 +134,40 @@ def _axes():
     return keras.Model(inputs, Axes()(inputs))
 
 
+def _delta_rules():
+    """A layer of Qwen3.5, beside one of RWKV7."""
+    from keras_hub.src.models.qwen3_5.qwen3_5_gated_delta_net import (
+        Qwen3_5GatedDeltaNet,
+    )
+    from keras_hub.src.models.rwkv7.rwkv7_layer import RWKV7TimeMix
+
+    class Mixers(keras.layers.Layer):
+        def build(self, shape):
+            self.net = Qwen3_5GatedDeltaNet(
+                hidden_size=8,
+                linear_num_key_heads=1,
+                linear_num_value_heads=2,
+                linear_key_head_dim=4,
+                linear_value_head_dim=6,
+                linear_conv_kernel_dim=2,
+            )
+            self.mix = RWKV7TimeMix(8, 4, 3, 3, 3, 3)
+            self.net.build(shape)
+            self.mix.build(shape)
+
+        def call(self, inputs):
+            return self.net(inputs) + self.mix(inputs)[0]
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    inputs = keras.Input((None, 8))
+    return keras.Model(inputs, Mixers()(inputs))
+
+
 # The smallest model that fails without each patch.
 NEEDS: dict[Any, Any] = {
+    delta_rule: _delta_rules,
     erfc: _gelu,
     fourier: _mixing,
     grouped_convolution: _convolution,

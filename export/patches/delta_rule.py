@@ -1,0 +1,118 @@
+"""Delta rules over texts of any length: those of RWKV7 and Qwen3.5.
+
+keras-hub writes their steps over time as a Python loop, or over a number of
+whole chunks, for which the length must be known.
+"""
+
+import contextlib
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+
+
+def _scan(step: Callable[..., Any], state: Any, *sequences: Any) -> Any:
+    """`(last state, outputs)` of steps over the second axis of sequences."""
+    import tensorflow as tf
+
+    in_time = [tf.einsum("bt...->tb...", x) for x in sequences]
+    length = tf.shape(in_time[0])[0]
+    outputs = tf.TensorArray("float32", size=length)
+
+    def body(time: Any, state: Any, outputs: Any) -> Any:
+        state, output = step(state, *(x[time] for x in in_time))
+        return time + 1, state, outputs.write(time, output)
+
+    _, state, outputs = tf.while_loop(
+        lambda time, *_: time < length, body, (0, state, outputs)
+    )
+    return state, tf.einsum("tb...->bt...", outputs.stack())
+
+
+def _rwkv_step(state: Any, r: Any, w: Any, k: Any, v: Any, a: Any, b: Any):
+    import tensorflow as tf
+
+    read = tf.einsum("bhij,bhj->bhi", state, a)
+    state = state * tf.exp(-tf.exp(w))[:, :, None]
+    state += tf.einsum("bhi,bhj->bhij", read, b)
+    state += tf.einsum("bhi,bhj->bhij", v, k)
+    return state, tf.einsum("bhij,bhj->bhi", state, r)
+
+
+def _rwkv(
+    r: Any,
+    w: Any,
+    k: Any,
+    v: Any,
+    a: Any,
+    b: Any,
+    initial_state: Any = None,
+    **options: Any,
+) -> Any:
+    import tensorflow as tf
+
+    sequences = [tf.cast(x, "float32") for x in (r, w, k, v, a, b)]
+    size = r.shape[-1]
+    state = tf.zeros_like(sequences[0][:, 0, :, :, None])
+    state = tf.tile(state, (1, 1, 1, size))
+    if initial_state is not None:
+        state += initial_state
+    state, outputs = _scan(_rwkv_step, state, *sequences)
+    return tf.cast(outputs, r.dtype), state
+
+
+def _gated_step(state: Any, q: Any, k: Any, v: Any, g: Any, beta: Any) -> Any:
+    import tensorflow as tf
+
+    state = state * tf.exp(g)[..., None, None]
+    change = v - tf.einsum("bhij,bhi->bhj", state, k)
+    change *= beta[..., None]
+    state += tf.einsum("bhi,bhj->bhij", k, change)
+    return state, tf.einsum("bhij,bhi->bhj", state, q)
+
+
+def _gated(
+    query: Any,
+    key: Any,
+    value: Any,
+    g: Any,
+    beta: Any,
+    initial_state: Any = None,
+    **options: Any,
+) -> Any:
+    import tensorflow as tf
+    from keras_hub.src.models.qwen3_5 import qwen3_5_gated_delta_net as module
+
+    query, key = module._l2norm(query), module._l2norm(key)
+    query *= query.shape[-1] ** -0.5
+    sequences = [tf.cast(x, "float32") for x in (query, key, value, g, beta)]
+    state = tf.zeros_like(
+        sequences[1][:, 0, :, :, None] * sequences[2][:, 0, :, None]
+    )
+    if initial_state is not None:
+        state += initial_state
+    state, outputs = _scan(_gated_step, state, *sequences)
+    return tf.cast(outputs, query.dtype), state
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Takes every step in one loop, whose length the runtime knows."""
+    try:
+        from keras_hub.src.models.qwen3_5 import qwen3_5_gated_delta_net
+        from keras_hub.src.models.rwkv7.rwkv7_layer import RWKV7TimeMix
+    except ImportError:
+        yield
+        return
+    real = qwen3_5_gated_delta_net._chunk_gated_delta_rule
+    # Every layer keeps the rule that it was made with; a property of its
+    # class comes first.
+    names = ("RWKV7_OP", "RWKV7_OP_INFERENCE")
+    qwen3_5_gated_delta_net._chunk_gated_delta_rule = _gated
+    for name in names:
+        setattr(RWKV7TimeMix, name, property(lambda layer: _rwkv))
+    try:
+        yield
+    finally:
+        qwen3_5_gated_delta_net._chunk_gated_delta_rule = real
+        for name in names:
+            delattr(RWKV7TimeMix, name)
