@@ -23,6 +23,7 @@ from keras_peft.export.patches import fourier
 from keras_peft.export.patches import grouped_convolution
 from keras_peft.export.patches import integer_arithmetic
 from keras_peft.export.patches import new_axis
+from keras_peft.export.patches import plain_product
 from keras_peft.export.patches import recurrence
 from keras_peft.export.patches import symbolic_integer
 from keras_peft.export.patches import symbolic_repeat
@@ -35,6 +36,7 @@ PATCHES: dict[str, tuple[ModuleType, ...]] = {
         fourier,
         integer_arithmetic,
         new_axis,
+        plain_product,
         recurrence,
         symbolic_size,
     ),
