@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_peft.export import media
 from keras_peft.export.signature import ModelInput
 from keras_peft.export.signature import Signature
 from keras_peft.export.signature import longest_sequence
@@ -61,7 +62,8 @@ def _sizes(
             if axis in framed:
                 sizes[axis] = _steps(model, sizes[axis])
             lengths += 1
-    return sizes
+    # As many as no other axis has, and never one.
+    return media.settle(model, signature, sizes, images=batch + 1)
 
 
 def _framed_axes(signature: Signature) -> set[int | str]:
@@ -113,6 +115,9 @@ def _make(
     shape = spec.sized(sizes)
     if spec.dtype.startswith(("float", "bfloat")):
         return rng.normal(size=shape)
+    placed = media.make(spec, sizes)
+    if placed is not None:
+        return placed
     if "mask" in spec.name and "position" not in spec.name:
         return _ragged(shape)
     if len(shape) < 2:  # Numbers of steps, not tokens.

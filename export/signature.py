@@ -8,12 +8,20 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_peft.export import media
 from keras_peft.export import subclassed
 from keras_peft.export.adapters import taken_positions
 from keras_peft.export.patches import schedule
 
 # Text inputs of one call share their length, so their graphs share its name.
-_TEXT_INPUTS = ("token_ids", "segment_ids", "padding_mask")
+_TEXT_INPUTS = (
+    "token_ids",
+    "segment_ids",
+    "position_ids",
+    "padding_mask",
+    "response_mask",
+    "vision_mask",
+)
 # What layers call the number of places that they know.
 _LENGTHS = ("sequence_length", "max_sequence_length", "max_label_length")
 # What the inputs of segmentation models label.
@@ -118,6 +126,7 @@ def _takes(model: keras.Model, signature: Signature) -> bool:
     lengths = [axis for axis in sizes if axis.endswith("sequence")]
     sizes["batch"] = 1
     sizes |= {axis: 5 + number for number, axis in enumerate(lengths)}
+    sizes = media.settle(model, signature, sizes, images=2)
     tensors = {
         # Ones: nothing is computed in zero steps.
         i.name: np.ones(i.sized(sizes), i.dtype)

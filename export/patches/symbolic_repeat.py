@@ -19,6 +19,7 @@ def patched() -> Iterator[None]:
     def repeat(x: Any, repeats: Any, axis: int | None = None) -> Any:
         if not isinstance(repeats, torch.SymInt) or axis is None:
             return real(x, repeats, axis)
+        x = numpy.convert_to_tensor(x)  # It may be a variable.
         axis = axis % x.ndim
         count = [1] * (x.ndim + 1)
         count[axis + 1] = repeats

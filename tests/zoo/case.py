@@ -20,7 +20,8 @@ class Case:
     """One class of keras-hub.
 
     Attributes:
-        name: Name of the class in `keras_hub.models`.
+        name: Name of the class in `keras_hub.models`; in brackets, what it is
+            given beside.
         make: Builds the model; every weight may come from the global seed.
         attention: Layers that the target group of that name must find, counted
             from the architecture: projections of queries, keys, values and
@@ -61,6 +62,11 @@ class Case:
     labels: Callable[[keras.Model, Any], Any] | None = None
     weights: Callable[[Any], Any] | None = None
     unable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """Name of the class."""
+        return self.name.partition(" ")[0]
 
     @property
     def counts(self) -> dict[str, int]:

@@ -220,7 +220,7 @@ def has_column(case: Case, column: str) -> bool:
 
     if column != "generate":
         return True
-    kind = getattr(keras_hub.models, case.name)
+    kind = getattr(keras_hub.models, case.kind)
     generating = keras_hub.models.CausalLM, keras_hub.models.Seq2SeqLM
     return issubclass(kind, generating)
 

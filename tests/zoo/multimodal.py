@@ -107,6 +107,52 @@ PALI_GEMMA = backbone(
 )
 
 
+def make_gemma3():
+    import keras_hub
+
+    # Four patches by four, of which each two by two become one token.
+    vision = keras_hub.models.Gemma3VisionEncoder(
+        image_size=16,
+        patch_size=4,
+        num_heads=2,
+        hidden_dim=16,
+        num_layers=LAYERS,
+        intermediate_dim=28,
+        output_dim=24,
+        pool_size=2,
+    )
+    return keras_hub.models.Gemma3Backbone(
+        **TEXT_OF_GEMMA3, image_size=16, vision_encoder=vision
+    )
+
+
+TEXT_OF_GEMMA3 = dict(
+    vocabulary_size=50,
+    num_layers=LAYERS,
+    num_query_heads=4,
+    num_key_value_heads=2,
+    hidden_dim=24,
+    intermediate_dim=40,
+    head_dim=8,
+    use_post_ffw_norm=True,
+    use_post_attention_norm=True,
+    use_sliding_window_attention=True,
+    sliding_window_size=8,
+)
+GEMMA3 = Case(
+    "Gemma3Backbone (images)",
+    make_gemma3,
+    # In a vision transformer, and in a decoder with a gate.
+    attention=4 * LAYERS + 4 * LAYERS,
+    mlp=2 * LAYERS + 3 * LAYERS,
+    # From images to text.
+    linear=13 * LAYERS + 1,
+    # Places of the image, and tokens.
+    embeddings=2,
+    convolutions=1,
+)
+
+
 # -- Parts that are given to a backbone --------------------------------------
 
 
@@ -214,7 +260,7 @@ def make_blip2_opt():
         intermediate_dim=28,
         num_query_tokens=5,
         dropout=0.0,
-        max_sequence_length=40,
+        max_sequence_length=128,
         qformer_hidden_dim=12,
     )
 
@@ -310,6 +356,11 @@ CASES: tuple[Case, ...] = (
     ),
     PALI_GEMMA,
     language_model("PaliGemmaCausalLM", PALI_GEMMA),
+    GEMMA3,
+    dataclasses.replace(
+        language_model("Gemma3CausalLM", GEMMA3),
+        name="Gemma3CausalLM (images)",
+    ),
     PARSEQ,
     dataclasses.replace(
         PARSEQ,
