@@ -60,7 +60,8 @@ class PeerEncoder(torch.nn.Module):
 
 def export_peer(path, exporter, activation, attention):
     ids = torch.ones((2, 11), dtype=torch.long)
-    arguments = (ids, ids, torch.zeros_like(ids))
+    # One tensor given twice would be traced as one input.
+    arguments = (ids, torch.ones_like(ids), torch.zeros_like(ids))
     options = {"input_names": PEER_INPUTS, "output_names": ("hidden", "pooled")}
     encoder = PeerEncoder(activation, attention)
     if exporter == "legacy":

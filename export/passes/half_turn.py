@@ -19,9 +19,13 @@ def _rewrite(node: ir.Node) -> bool:
     if stack is None or rewriting.integer(stack, "axis", 0) != -2:
         return False
     parts = [rewriting.made_by(i, "Unsqueeze") for i in stack.inputs]
-    if any(p is None or rewriting.scalar(p.inputs[1]) != -2 for p in parts):
+    halves = [
+        part.inputs[0]
+        for part in parts
+        if part is not None and rewriting.scalar(part.inputs[1]) == -2
+    ]
+    if len(halves) < len(parts):
         return False
-    halves = [part.inputs[0] for part in parts]
     if not _joins(halves, node.outputs[0]):
         return False
     result = rewriting.before(node, "Concat", halves, axis=-1)

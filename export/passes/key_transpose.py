@@ -57,7 +57,9 @@ def _slice_of_shape(
     part: ir.Value, value: ir.Value
 ) -> tuple[int | None, int | None] | None:
     node = rewriting.made_by(part, "Slice")
-    shape = node and rewriting.made_by(node.inputs[0], "Shape")
+    if node is None:
+        return None
+    shape = rewriting.made_by(node.inputs[0], "Shape")
     if shape is None or shape.inputs[0] is not value:
         return None
     start, end = (rewriting.scalar(limit) for limit in node.inputs[1:3])

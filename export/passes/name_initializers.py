@@ -26,14 +26,14 @@ def apply(model: ir.Model, variables: Mapping[str, np.ndarray]) -> int:
         variables: Values of the model's variables by path.
     """
     paths: dict[str | None, str] = {}
-    for path, value in variables.items():
-        for stored in _layouts(value):
-            paths.setdefault(_digest(stored), path)
+    for known, variable in variables.items():
+        for stored in _layouts(variable):
+            paths.setdefault(_digest(stored), known)
     paths.pop(None, None)
     found = {
         value: path
         for value in model.graph.initializers.values()
-        if (path := paths.get(_digest(rewriting.array(value))))
+        if (path := paths.get(_digest(rewriting.array(value)))) is not None
     }
     others = [v for v in model.graph.initializers.values() if v not in found]
     taken = {v.name for v in model.graph.inputs}
