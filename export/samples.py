@@ -145,6 +145,7 @@ def _vocabulary(model: keras.Model, name: str) -> int:
         for consumer in consumers
         for layer in [consumer, *_sublayers(consumer)]
         if isinstance(getattr(layer, "input_dim", None), int)
+        and "position" not in layer.name
     ]
     if rows:
         return max(rows)
