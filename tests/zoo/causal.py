@@ -226,6 +226,22 @@ WRONG_RECURRENCE = {
     "generate": "the state takes in padding, and a prompt's last token twice"
 }
 
+ASSISTANT = backbone(
+    "Gemma4Backbone",
+    GROUPED
+    | dict(
+        image_size=None,
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"],
+        num_kv_shared_layers=LAYERS,
+    ),
+    # Keys and values are another model's.
+    attention=2 * LAYERS,
+    mlp=3 * LAYERS,
+    embeddings=1,
+)
+NO_CALL = "it drafts for another model, and raises when it is called"
+
 # Of two blocks, one has linear attention.
 HYBRID = dict(
     vocabulary_size=50,
@@ -330,6 +346,15 @@ CASES: tuple[Case, ...] = (
     language_model("Gemma3nCausalLM", GEMMA3N),
     GEMMA4,
     language_model("Gemma4CausalLM", GEMMA4),
+    task(
+        "Gemma4AssistantCausalLM",
+        ASSISTANT,
+        {"unable": dict.fromkeys(("tensorflow", "jax", "torch"), NO_CALL)},
+        backbone_hidden_size=24,
+        num_centroids=5,
+        centroid_intermediate_top_k=2,
+        use_ordered_embeddings=False,
+    ),
     QWEN3_5,
     language_model("Qwen3_5CausalLM", QWEN3_5, unable=WRONG_RECURRENCE),
     QWEN3_5_MOE,
