@@ -231,7 +231,7 @@ def make_sam3():
         layers.SAM3DetrEncoder(num_layers=1, **width),
         layers.SAM3DetrDecoder(**image, num_layers=2, num_queries=7, **width),
         layers.SAM3MaskDecoder(
-            num_upsampling_stages=3, hidden_dim=16, num_heads=2
+            num_upsampling_stages=2, hidden_dim=16, num_heads=2
         ),
     )
 
@@ -259,9 +259,9 @@ SAM3 = Case(
     + 1,
     # Tokens; labels of boxes and their class; queries, their points, presence.
     embeddings=1 + 2 + 3,
-    # Two at each of four levels; regions of boxes; three at the way up, and
-    # two before the masks.
-    convolutions=PATCHES + 2 * 4 + 1 + 3 + 2,
+    # Two at each of four levels; regions of boxes; two on the way up through
+    # the three levels that masks are made from, and two before the masks.
+    convolutions=PATCHES + 2 * 4 + 1 + 2 + 2,
     unable={"torch": "keras-hub calls torchvision, which it does not ask for"},
 )
 NO_FIT = dict(unable={"train": "keras-hub's `fit` refuses this task"})
