@@ -134,12 +134,14 @@ def test_switching_compiles_nothing_anew(monkeypatch):
     assert traced and len(calls) == traced
 
 
-def test_a_model_file_refuses_two_heads(tmp_path):
+def test_a_model_file_keeps_the_head_of_every_adapter(tmp_path):
     model = two_adapters()
-    with pytest.raises(ValueError, match="one head"):
-        model.save(tmp_path / "model.keras")
-    keras_peft.remove(model, "a")
     model.save(tmp_path / "model.keras")
+    other = keras.saving.load_model(tmp_path / "model.keras")
+    for name in ("a", "b", None):
+        keras_peft.set_adapter(model, name)
+        keras_peft.set_adapter(other, name)
+        assert np.array_equal(outputs(other, NAME), outputs(model, NAME))
 
 
 def test_adapter_folders_keep_the_head_of_an_inactive_adapter(tmp_path):
