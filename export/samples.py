@@ -113,6 +113,8 @@ def _make(
     rng: np.random.Generator,
 ) -> np.ndarray:
     shape = spec.sized(sizes)
+    if spec.name == "boxes" and shape[2:] == (5,):
+        return _boxes(shape, rng)
     if spec.dtype.startswith(("float", "bfloat")):
         return rng.normal(size=shape)
     placed = media.make(spec, sizes)
@@ -125,6 +127,13 @@ def _make(
     if "position" in spec.name:
         return rng.integers(0, min(sizes.values()), shape)
     return rng.integers(0, _vocabulary(model, spec.name), shape)
+
+
+def _boxes(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Prompts of SAM 3: which image of the batch, center, width, height."""
+    boxes = rng.uniform(0.2, 0.7, shape)
+    boxes[..., 0] = np.arange(shape[0])[:, None]
+    return boxes
 
 
 def _ragged(shape: tuple[int, ...]) -> np.ndarray:

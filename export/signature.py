@@ -128,8 +128,8 @@ def _takes(model: keras.Model, signature: Signature) -> bool:
     sizes |= {axis: 5 + number for number, axis in enumerate(lengths)}
     sizes = media.settle(model, signature, sizes, images=2)
     tensors = {
-        # Ones: nothing is computed in zero steps.
-        i.name: np.ones(i.sized(sizes), i.dtype)
+        # Nothing is computed in zero steps, but a box may lie in image zero.
+        i.name: np.full(i.sized(sizes), 0 if "float" in i.dtype else 1, i.dtype)
         for i in signature.inputs
     }
     try:
