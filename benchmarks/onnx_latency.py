@@ -41,7 +41,7 @@ from onnxruntime.transformers import optimizer
 from keras_peft.export.build import build_onnx
 
 LAYERS, WIDTH, HEADS, INNER, VOCABULARY = 6, 768, 12, 3072, 8192
-LENGTHS, BATCHES = (32, 128, 512), (1, 8)
+BATCHES = 1, 8
 ENCODER = {
     "vocab_size": VOCABULARY,
     "num_hidden_layers": LAYERS,
@@ -276,10 +276,10 @@ def fastest_peer(family, folder, suffix, seconds):
     return names[int(np.argmin(times))]
 
 
-def compare(family, paths, threads, seconds):
+def compare(family, paths, threads, lengths, seconds):
     """Both medians and the ratio for every shape."""
     sessions = [open_session(path, threads) for path in paths]
-    lengths = (196,) if family == "vit" else LENGTHS
+    lengths = (196,) if family == "vit" else lengths
     cells = {}
     for shape in itertools.product(BATCHES, lengths):
         times = measure(sessions, make_values(family, *shape), threads, seconds)
@@ -295,10 +295,10 @@ def compare(family, paths, threads, seconds):
     return cells
 
 
-def row(family, folder, suffix, threads, seconds, cosines):
+def row(family, folder, suffix, threads, lengths, seconds, cosines):
     peer = fastest_peer(family, folder, suffix, seconds)
     paths = [folder / f"{name}.onnx" for name in (f"ours{suffix}", peer)]
-    cells = compare(family, paths, threads, seconds)
+    cells = compare(family, paths, threads, lengths, seconds)
     ratios = [ratio for *_, ratio in cells.values()]
     ours, theirs, _ = cells[1, 196 if family == "vit" else 128]
     quality = "1 / 1"
@@ -335,6 +335,9 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path(".cache/latency"))
     parser.add_argument("--families", nargs="+", default=list(CONFIGS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[32, 128, 512]
+    )
     parser.add_argument("--seconds", type=float, default=4.0)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -348,7 +351,7 @@ def main():
         for suffix, threads in itertools.product(
             ("", "-int8"), options.threads
         ):
-            settings = suffix, threads, options.seconds
+            settings = suffix, threads, options.lengths, options.seconds
             rows.append(row(family, folder, *settings, cosines))
     print(f"\n{machine()}\n\n{HEADER}", *rows, sep="\n")
 
