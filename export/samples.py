@@ -60,7 +60,7 @@ def _sizes(
         else:
             sizes[axis] = min(length + 2 * lengths, longest)
             if axis in framed:
-                sizes[axis] = _steps(model, sizes[axis])
+                sizes[axis] = _steps(model, sizes[axis], longest)
             lengths += 1
     # As many as no other axis has, and never one.
     return media.settle(model, signature, sizes, images=batch + 1)
@@ -75,8 +75,12 @@ def _framed_axes(signature: Signature) -> set[int | str]:
     }
 
 
-def _steps(model: keras.Model, frames: int) -> int:
-    """Length of a sequence that convolutions cut down to so many frames."""
+def _steps(model: keras.Model, frames: int, longest: int) -> int:
+    """Length of a sequence that convolutions cut down to so many frames.
+
+    Padding, as Whisper's, may give one more, so no more steps are made than
+    `longest` strides: padded or not, that is no more than `longest` frames.
+    """
     shrinking = [
         layer
         for layer in model._flatten_layers()
@@ -85,7 +89,8 @@ def _steps(model: keras.Model, frames: int) -> int:
     for layer in reversed(shrinking):
         reach = layer.dilation_rate[0] * (layer.kernel_size[0] - 1) + 1
         frames = (frames - 1) * layer.strides[0] + reach
-    return frames
+        longest = longest * layer.strides[0]
+    return min(frames, longest)
 
 
 def make_batch(
