@@ -57,3 +57,32 @@ def test_sizes_to_check_are_not_the_traced_ones(name):
 def test_an_input_without_a_name_is_called_input():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     assert [i.name for i in read_signature(model).inputs] == ["input"]
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_sound_leaves_frames_after_convolutions_and_no_more_than_fit(padding):
+    fitting = 16
+
+    class Positions(keras.layers.Layer):
+        sequence_length = fitting
+
+        def call(self, inputs):
+            return inputs
+
+    sound = keras.Input((None, 1))
+    x = keras.layers.ZeroPadding1D(padding)(sound)
+    x = keras.layers.Conv1D(4, 127, strides=64)(x)
+    x = keras.layers.Conv1D(4, 3, strides=2)(x)
+    model = keras.Model(sound, Positions()(x))
+    signature = read_signature(model)
+    sizes = [
+        samples.trace_sizes(model, signature),
+        *samples.check_sizes(model, signature),
+        samples.typical_sizes(model, signature),
+    ]
+    frames = [
+        model.compute_output_shape((1, each["sequence"], 1))[1]
+        for each in sizes
+    ]
+    assert all(1 < count <= fitting for count in frames)
+    assert len(set(frames[:3])) == 3
