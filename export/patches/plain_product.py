@@ -10,14 +10,21 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def patched() -> Iterator[None]:
-    """Replaces `tf.tensordot`, which Keras calls."""
+def patched(tables: bool = False) -> Iterator[None]:
+    """Replaces `tf.tensordot`, which Keras calls.
+
+    `tables` says whether to take transposed kernels too: tables of tokens that
+    are used backwards. The LiteRT converter multiplies a scale that stands in
+    front of a plain product into its kernel, and a table would be stored twice.
+    """
     import tensorflow as tf
 
     real = tf.tensordot
 
     def tensordot(a: Any, b: Any, axes: Any, name: str | None = None) -> Any:
-        if axes == [[-1], [0]] and b.shape.rank == 2:
+        turned = tf.is_symbolic_tensor(b) and b.op.type == "Transpose"
+        is_kernel = axes == [[-1], [0]] and b.shape.rank == 2
+        if is_kernel and (tables or not turned):
             return tf.matmul(a, b, name=name)
         return real(a, b, axes, name)
 

@@ -24,7 +24,7 @@ def patched() -> Iterator[None]:
         if key != "einsum_optimizer"
     )
     try:
-        with plain_product.patched():
+        with plain_product.patched(tables=True):
             yield
     finally:
         optimizer._optimizers = split
