@@ -39,8 +39,10 @@ def run(folder: Path, backend: str, keep: bool) -> None:
     """
     with _LOCK:
         worker = _WORKERS.pop(backend, None) if keep else None
-        if worker is None or not worker.alive:
-            worker = _Worker(backend)
+        if worker is not None and not worker.alive:
+            worker.close()
+            worker = None
+        worker = worker or _Worker(backend)
         try:
             error = worker.serve(folder)
         except BaseException:
