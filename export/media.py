@@ -29,7 +29,7 @@ def settle(
         return settled
     places = images * _tokens_per_image(model)
     for name, size in (("images", images), (_INDICES, places)):
-        settled[shapes[name][1]] = size
+        settled[str(shapes[name][1])] = size
     length = shapes["token_ids"][1]
     if length in settled:
         settled[length] += places

@@ -111,12 +111,12 @@ def read_signature(model: keras.Model) -> Signature:
 def longest_sequence(model: keras.Model) -> int:
     """The longest sequence every position table of the model can take."""
     taken = taken_positions(model)
-    lengths = [
+    found = [
         getattr(layer, name, None)
         for layer in model._flatten_layers()
         for name in _LENGTHS
     ]
-    lengths = [size for size in lengths if isinstance(size, int)]
+    lengths = [size for size in found if isinstance(size, int)]
     return min(lengths, default=512) - taken
 
 

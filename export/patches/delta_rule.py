@@ -28,7 +28,9 @@ def _scan(step: Callable[..., Any], state: Any, *sequences: Any) -> Any:
     return state, tf.einsum("tb...->bt...", outputs.stack())
 
 
-def _rwkv_step(state: Any, r: Any, w: Any, k: Any, v: Any, a: Any, b: Any):
+def _rwkv_step(
+    state: Any, r: Any, w: Any, k: Any, v: Any, a: Any, b: Any
+) -> tuple[Any, Any]:
     import tensorflow as tf
 
     read = tf.einsum("bhij,bhj->bhi", state, a)

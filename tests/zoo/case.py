@@ -73,8 +73,8 @@ class Case:
         """Layers by target group."""
         linear = self.attention + self.mlp
         linear = linear if self.linear is None else self.linear
-        found = (self.attention, self.mlp, linear)
-        found += (self.embeddings, self.convolutions)
+        blocks = (self.attention, self.mlp, linear)
+        found = (*blocks, self.embeddings, self.convolutions)
         return dict(zip(GROUPS, found, strict=True))
 
     def build(self, seed: int = 0) -> keras.Model:
@@ -130,7 +130,9 @@ def backbone(name: str, settings: Mapping[str, Any], **known: Any) -> Case:
     return Case(name, make, **known)
 
 
-def task(name: str, base: Case, known: Mapping[str, Any], **settings) -> Case:
+def task(
+    name: str, base: Case, known: Mapping[str, Any], **settings: Any
+) -> Case:
     """A case of a task on a backbone, whose layers are those of the backbone.
 
     Args:

@@ -1,12 +1,14 @@
 """Vision models of transformer blocks."""
 
+from typing import Any
+
 from zoo.case import Case
 from zoo.case import backbone
 from zoo.case import task
 
 LAYERS = 2
 CLASSES = dict(num_classes=3)
-BLOCKS = dict(attention=4 * LAYERS, mlp=2 * LAYERS)
+BLOCKS: dict[str, Any] = dict(attention=4 * LAYERS, mlp=2 * LAYERS)
 # Positions, class tokens and register tokens are plain weights, but for ViT's.
 PATCHES = 1
 
@@ -294,7 +296,7 @@ CASES: tuple[Case, ...] = (
     task(
         "SAM3PromptableConceptImageSegmenter",
         SAM3,
-        dict(unable=SAM3.unable | NO_FIT["unable"]),
+        dict(unable={**SAM3.unable, **NO_FIT["unable"]}),
     ),
     SEG_FORMER,
     task("SegFormerImageSegmenter", SEG_FORMER, {}, **CLASSES),
