@@ -129,6 +129,8 @@ def _make(
         return _ragged(shape)
     if len(shape) < 2:  # Numbers of steps, not tokens.
         return rng.integers(2, 5, shape)
+    if spec.name == "position_ids":
+        return np.broadcast_to(np.arange(shape[1]), shape)
     if "position" in spec.name:
         return rng.integers(0, min(sizes.values()), shape)
     return rng.integers(0, _vocabulary(model, spec.name), shape)
