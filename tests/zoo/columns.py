@@ -258,8 +258,10 @@ def equal(found, wanted):
 
 def compile_plainly(model, case):
     """Mean squared errors for outputs of any structure."""
-    # Steps by the sign: in a random model some gradients are tiny.
-    optimizer = keras.optimizers.Lion(1e-2)
+    # Steps by the sign: in a random model some gradients are tiny. Each one
+    # is shorter, so that a step back does not end where the first began.
+    rate = keras.optimizers.schedules.ExponentialDecay(1e-2, 1, 0.7)
+    optimizer = keras.optimizers.Lion(rate)
     if case.labels is not None:
         model.compile(optimizer=optimizer)
         return
