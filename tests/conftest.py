@@ -21,8 +21,10 @@ MOVED = (
     "interop",
     "test_blocks.py",
     "test_encoder_decoders.py",
+    "test_kernel_reads.py",
     "test_modules.py",
     "test_prompts.py",
+    "test_raw_weights.py",
 )
 
 

@@ -334,6 +334,7 @@ CASES: tuple[Case, ...] = (
     language_model("GemmaCausalLM", GEMMA),
     GEMMA3,
     language_model("Gemma3CausalLM", GEMMA3),
+    task("Gemma3TextEmbedder", GEMMA3, {}),
     MIXTRAL,
     language_model("MixtralCausalLM", MIXTRAL),
     GPT_OSS,

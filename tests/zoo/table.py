@@ -63,8 +63,9 @@ architecture says, and writes this page ({date}; {versions}).
   ones. **ONNX int8** runs on them too.
 
 ✓ holds on TensorFlow, JAX and torch. A dash is something that keras-hub itself
-cannot do; the note says what. An empty cell has no meaning for the class. What
-a group names on a model is in [targets.md](targets.md).
+cannot do; the note says what. ✗ failed, ? was not run. An empty cell has no
+meaning for the class. What a group names on a model is in
+[targets.md](targets.md).
 """
 TARGETS = """# Which layers a target group means
 
@@ -106,10 +107,10 @@ def coverage(rows):
     ):
         text += f"\n## {title}\n\n||{head}|\n{'|---' * (len(columns) + 1)}|\n"
         for name in sorted(ZOO):
-            if not issubclass(getattr(keras_hub.models, name), kind):
+            if not issubclass(getattr(keras_hub.models, ZOO[name].kind), kind):
                 continue
             cells = [cell(name, c, found, notes) for c in columns]
-            missing += sum("✗" in c for c in cells)
+            missing += sum("✗" in c or "?" in c for c in cells)
             text += f"|`{name}`|{'|'.join(cells)}|\n"
     listed = "".join(f"{n}. {note}\n" for n, note in enumerate(notes, 1))
     return f"{text}\n## Notes\n\n{listed}" if listed else text, missing
@@ -127,14 +128,19 @@ def cell(name, column, found, notes):
             if reason not in notes:
                 notes.append(reason)
             parts.append((backend, f"–<sup>{notes.index(reason) + 1}</sup>"))
-        elif result is None or "error" in result:
+        elif result is None:
+            parts.append((backend, "?"))
+        elif "error" in result:
             parts.append((backend, "✗"))
         else:
             counts = column == "targets"
             parts.append((backend, result["found"] if counts else "✓"))
-    if len({mark for _, mark in parts}) == 1:
+    places: dict[str, list[str]] = {}
+    for backend, mark in parts:
+        places.setdefault(mark, []).append(PACKAGES[backend])
+    if len(places) == 1:
         return parts[0][1]
-    return ", ".join(f"{backend} {mark}" for backend, mark in parts)
+    return "; ".join(f"{mark} {', '.join(p)}" for mark, p in places.items())
 
 
 def targets():
@@ -146,32 +152,38 @@ def targets():
 
     text = TARGETS
     for name in sorted(ZOO):
-        kind = getattr(keras_hub.models, name)
+        kind = getattr(keras_hub.models, ZOO[name].kind)
         if not issubclass(kind, keras_hub.models.Backbone):
             continue
         case = ZOO[name]
         candidates = Candidates(case.build(), ())
         default = ", ".join(f'"{group}"' for group in case.default)
-        text += f"\n## {name}\n\nDefault: `{default}`.\n"
+        text += f"\n## {name}\n\nDefault: `{default}`.\n\n"
+        listed: set[str] = set()
         for group in GROUPS:
-            patterns = collapse(candidates.group(group))
-            if patterns:
-                listed = "".join(f"  - `{p}`\n" for p in patterns)
-                text += f"\n- `{group}`\n{listed}"
+            paths = candidates.group(group)
+            new = [path for path in paths if path not in listed]
+            listed.update(paths)
+            if not paths:
+                continue
+            also = "" if len(new) == len(paths) else ", beside these"
+            patterns = "".join(f"  - `{p}`\n" for p in collapse(new))
+            text += f"- `{group}`{also}\n{patterns}" if new else ""
     return text
 
 
 def collapse(paths):
-    """Regular expressions for paths that differ in numbers only."""
-    found = {}
+    """Regular expressions, one for all parts that differ in numbers only."""
+    lasts: dict[str, list[str]] = {}
     for path in paths:
-        pattern = re.sub(r"(?<=[._])\d+(?=\.|$)", "#", path)
-        found.setdefault(pattern, []).append(path)
+        escaped = re.escape(re.sub(r"(?<=[._])\d+(?=\.|$)", "#", path))
+        part, dot, last = escaped.replace(r"\#", r"\d+").rpartition(r"\.")
+        found = lasts.setdefault(part + dot, [])
+        if last not in found:
+            found.append(last)
     return [
-        re.escape(pattern).replace(r"\#", r"\d+")
-        if len(paths) > 1
-        else re.escape(paths[0])
-        for pattern, paths in found.items()
+        part + (found[0] if len(found) == 1 else f"({'|'.join(found)})")
+        for part, found in lasts.items()
     ]
 
 
