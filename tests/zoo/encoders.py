@@ -51,7 +51,16 @@ ELECTRA = backbone(
     linear=6 * LAYERS + PROJECTION + POOLER,
     **SEGMENTS,
 )
-ESM = backbone("ESMBackbone", POSITIONS, **BLOCKS, embeddings=1)
+ESM = backbone(
+    "ESMBackbone",
+    POSITIONS,
+    **BLOCKS,
+    embeddings=1,
+    unable={
+        "litert on torch": "masks keys on torch and queries elsewhere, and "
+        "LiteRT files are made on TensorFlow"
+    },
+)
 # Fourier transforms mix the tokens.
 F_NET = backbone(
     "FNetBackbone",
