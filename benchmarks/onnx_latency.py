@@ -37,6 +37,7 @@ import torch
 import transformers
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.transformers import optimizer
+from runs.sessions import open_session
 
 from keras_peft.export.build import build_onnx
 
@@ -195,15 +196,6 @@ def make_ours(backbone, folder):
     result = build_onnx(backbone, quantize="int8")
     onnx.save(result.float_model, folder / "ours.onnx")
     onnx.save(result.model, folder / "ours-int8.onnx")
-
-
-def open_session(path, threads):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def feed(session, values):

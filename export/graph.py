@@ -23,6 +23,7 @@ from keras_peft.export import worker
 from keras_peft.export.signature import Signature
 from keras_peft.export.trace_child import trace_here
 from keras_peft.export.worker import TracingError
+from keras_peft.roles import is_mixer
 
 if TYPE_CHECKING:
     import onnx
@@ -32,10 +33,6 @@ _TRACER_PACKAGES = {
     "torch": ("torch", "onnxscript"),
     "tensorflow": ("tensorflow", "tf2onnx"),
 }
-
-
-# In names of layers that step through time without being of Keras' `RNN`.
-_RECURRENT = ("TimeMix", "DeltaNet")
 
 
 def tracers_for(model: keras.Model) -> list[str]:
@@ -50,8 +47,8 @@ def tracers_for(model: keras.Model) -> list[str]:
         name = type(layer).__name__
         counts["dense"] += "Dense" in name
         counts["convolution"] += "Conv" in name
-        counts["recurrent"] += isinstance(layer, keras.layers.RNN)
-        counts["recurrent"] += any(word in name for word in _RECURRENT)
+        steps = isinstance(layer, keras.layers.RNN) or is_mixer(layer)
+        counts["recurrent"] += steps
     wants_tensorflow = (
         counts["recurrent"] or counts["convolution"] > counts["dense"]
     )

@@ -1,7 +1,6 @@
 """Which linear layers belong to an attention, and which feed forward."""
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 
 import keras
 
@@ -9,7 +8,7 @@ from keras_peft import layer_tree
 from keras_peft.blocks import attention_paths
 from keras_peft.patterns import lies_in
 
-_LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
+LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
 
 
 class Roles:
@@ -17,17 +16,14 @@ class Roles:
 
     Args:
         layers: `{path: layer}`.
-        mixers: Paths of the layers that stand in place of an attention.
     """
 
-    def __init__(
-        self, layers: Mapping[str, keras.Layer], mixers: Sequence[str] = ()
-    ):
+    def __init__(self, layers: Mapping[str, keras.Layer]):
         self.layers = layers
         self.attention = {
             *attention_paths(layers),
             *self._projections(),
-            *mixers,
+            *(path for path, layer in layers.items() if is_mixer(layer)),
         }
         self.matrices = [
             path
@@ -61,7 +57,7 @@ class Roles:
         }
         for path, layer in self.layers.items():
             holder, _, name = path.rpartition(".")
-            if not isinstance(layer, _LINEAR):
+            if not isinstance(layer, LINEAR):
                 continue
             if {"attention", "attn"} & set(name.split("_")):
                 yield path
@@ -72,10 +68,8 @@ class Roles:
         """Whether a layer computes scales and shifts from a condition."""
         while path:
             layer = self.layers.get(path)  # A list has a segment of its own.
-            if layer is not None:
-                name = layer_tree.base_class(layer).__name__.lower()
-                if "norm" in name or "modulation" in name:
-                    return True
+            if layer is not None and _is_called(layer, "norm", "modulation"):
+                return True
             path = path.rpartition(".")[0]
         return False
 
@@ -97,10 +91,20 @@ class Roles:
         return None
 
 
+def is_mixer(layer: keras.Layer) -> bool:
+    """Whether a layer attends without an attention, step by step."""
+    return _is_called(layer, "timemix", "deltanet")
+
+
+def _is_called(layer, *words):
+    """Whether the name of a layer's class has one of `words` in it."""
+    name = layer_tree.base_class(layer).__name__.lower().replace("_", "")
+    return any(word in name for word in words)
+
+
 def _is_bare(layer):
     """Whether a layer attends with what others project."""
-    name = layer_tree.base_class(layer).__name__.lower()
-    return "attention" in name and not layer.variables
+    return _is_called(layer, "attention") and not layer.variables
 
 
 def _mixes(layer):
@@ -111,15 +115,11 @@ def _mixes(layer):
     """
     children = [child for _, child in layer_tree.children(layer)]
     held = [child for child in children if layer_tree.own_variables(child)]
-    linear = [child for child in held if isinstance(child, _LINEAR)]
+    linear = [child for child in held if isinstance(child, LINEAR)]
     if len(held) != 4 or len(linear) != 2 or not layer.built:
         return False
     first, last = (child.kernel.shape for child in linear)
-    norms = [
-        child
-        for child in held
-        if "norm" in layer_tree.base_class(child).__name__.lower()
-    ]
+    norms = [child for child in held if _is_called(child, "norm")]
     return len(norms) == 2 and first == last[::-1] and not _is_graph(layer)
 
 

@@ -18,9 +18,9 @@ from keras_peft.raw_kernels import experts
 from keras_peft.raw_kernels import is_recurrent
 from keras_peft.raw_kernels import multiplies_raw
 from keras_peft.raw_kernels import raw_kernels
+from keras_peft.roles import LINEAR
 from keras_peft.roles import Roles
 
-_LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
 _CONVOLUTIONS = (
     keras.layers.Conv1D,
     keras.layers.Conv2D,
@@ -30,8 +30,6 @@ _CONVOLUTIONS = (
     keras.layers.SeparableConv1D,
     keras.layers.SeparableConv2D,
 )
-# What attends without an attention, by the names of classes.
-_MIXERS = ("timemix", "deltanet")
 GROUPS = ("attention", "mlp", "all-linear", "embeddings", "convolutions")
 
 
@@ -64,8 +62,7 @@ class Candidates:
             and not (path.startswith(tuple(recurrent)) and raw_kernels(layer))
         }
         self.head = list(head)
-        mixers = [p for p, la in self.layers.items() if _is_mixer(la)]
-        self.roles = Roles(self.layers, mixers)
+        self.roles = Roles(self.layers)
         self.routers = _routers(self.layers)
 
     def group(self, name: str) -> list[str]:
@@ -82,7 +79,7 @@ class Candidates:
             return isinstance(layer, keras.layers.Embedding)
         if name == "convolutions":
             return isinstance(layer, _CONVOLUTIONS)
-        if not isinstance(layer, _LINEAR) and not multiplies_raw(layer):
+        if not isinstance(layer, LINEAR) and not multiplies_raw(layer):
             return False
         if path in self.routers:
             return False
@@ -133,25 +130,21 @@ class Candidates:
         return counts
 
 
-def _is_mixer(layer):
-    name = layer_tree.base_class(layer).__name__.lower().replace("_", "")
-    return any(word in name for word in _MIXERS)
-
-
 def _routers(layers):
     """Paths of what scores the experts beside it, or weighs a shared one."""
     found = set()
     for bank, layer in layers.items():
-        outputs = (experts(layer), 1) if layer.built else (0,)
+        count = experts(layer) if layer.built else 0
+        if not count:
+            continue
         around = bank.rpartition(".")[0]
         found |= {
             path
             for path, other in layers.items()
-            if outputs[0]
-            and lies_in(path, [around])
-            and isinstance(other, _LINEAR)
+            if lies_in(path, [around])
+            and isinstance(other, LINEAR)
             and has_kernel(other)
-            and kernel_of(other).outputs in outputs
+            and kernel_of(other).outputs in (count, 1)
         }
     return found
 

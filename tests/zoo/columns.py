@@ -64,8 +64,7 @@ def targets(subject: Subject) -> str:
 def train(subject: Subject) -> None:
     """`fit` moves every variable of the adapter, and no bit of the base."""
     model, case = subject.model, subject.case
-    keras_peft.adapt(model, keras_peft.LoRA(rank=RANK))
-    equal(outputs(model, subject.batch), subject.plain)
+    _adapt(subject)
     leaves = adapter_state.leaves(model, "default")
     learned = {
         f"{path}: {key}": variable
@@ -101,21 +100,28 @@ def train(subject: Subject) -> None:
     assert not still, f"without a gradient: {still}"
     moved = [v.path for v, value in base if bits(v) != value]
     assert not moved, f"base weights changed: {moved}"
-    subject.adapted = outputs(model, subject.batch)
-    assert all(np.isfinite(output).all() for output in subject.adapted)
-    assert distance(subject.adapted, subject.plain) > 0
+    _keep_outputs(subject)
 
 
 def move(subject: Subject) -> None:
     """Moves the adapter of a model that keras-hub cannot train."""
-    model = subject.model
-    keras_peft.adapt(model, keras_peft.LoRA(rank=RANK))
-    equal(outputs(model, subject.batch), subject.plain)
+    _adapt(subject)
     rng = np.random.default_rng(3)
-    for leaf in adapter_state.leaves(model, "default").values():
+    for leaf in adapter_state.leaves(subject.model, "default").values():
         for variable in leaf.parameters.values():
             variable.assign(rng.normal(scale=0.1, size=variable.shape))
-    subject.adapted = outputs(model, subject.batch)
+    _keep_outputs(subject)
+
+
+def _adapt(subject):
+    """Adds an adapter, which changes nothing yet."""
+    keras_peft.adapt(subject.model, keras_peft.LoRA(rank=RANK))
+    equal(outputs(subject.model, subject.batch), subject.plain)
+
+
+def _keep_outputs(subject):
+    """Keeps what the model computes with an adapter that moved."""
+    subject.adapted = outputs(subject.model, subject.batch)
     assert all(np.isfinite(output).all() for output in subject.adapted)
     assert distance(subject.adapted, subject.plain) > 0
 

@@ -1,0 +1,12 @@
+"""ONNX Runtime, as the benchmarks of exported graphs run it."""
+
+import onnxruntime
+
+
+def open_session(path, threads):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"]
+    )
