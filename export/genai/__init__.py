@@ -1,0 +1,1 @@
+"""A keras-hub CausalLM as a folder that onnxruntime-genai runs."""

@@ -1,0 +1,265 @@
+"""The parts of a decoder as operators of ONNX Runtime."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from keras_peft.export.genai.decoder import Attention
+from keras_peft.export.genai.decoder import Block
+from keras_peft.export.genai.decoder import Experts
+from keras_peft.export.genai.decoder import FeedForward
+from keras_peft.export.genai.decoder import Norm
+from keras_peft.export.genai.decoder import Rotary
+from keras_peft.export.genai.writer import Writer
+
+# Added to the score of a token that stands for nothing: no score is near it,
+# and unlike infinity it leaves a row of such tokens finite.
+MASKED = -1e9
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """What all blocks of one call share.
+
+    Attributes:
+        lengths: Tokens so far less one, for each row of the batch.
+        total: Tokens so far.
+        bias: `[batch, 1, tokens, total]`, added to the scores.
+        context_length: Positions that a rotary table needs.
+    """
+
+    lengths: ir.Value
+    total: ir.Value
+    bias: ir.Value
+    context_length: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stream:
+    """The residual stream, of which the last addition may be still to come.
+
+    The norm that follows does it: the two are one operator.
+    """
+
+    value: ir.Value
+    addend: ir.Value | None = None
+
+
+def norm(
+    writer: Writer, stream: Stream, layer: Norm
+) -> tuple[ir.Value, Stream]:
+    """`(normalized, the stream with its addition done)`."""
+    scale = writer.constant(f"{layer.path}.scale", layer.scale)
+    rest = [scale]
+    if not layer.is_rms:
+        zeros = np.zeros_like(layer.scale)
+        bias = zeros if layer.bias is None else layer.bias
+        rest.append(writer.constant(f"{layer.path}.bias", bias))
+    if stream.addend is None:
+        name = "SimplifiedLayerNormalization"
+        name = name if layer.is_rms else "LayerNormalization"
+        found = writer.op(
+            name, stream.value, *rest, axis=-1, epsilon=float(layer.epsilon)
+        )
+        return found, stream
+    name = "SkipSimplifiedLayerNormalization"
+    found, _, _, total = writer.fused(
+        name if layer.is_rms else "SkipLayerNormalization",
+        stream.value,
+        stream.addend,
+        *rest,
+        outputs=4,
+        epsilon=float(layer.epsilon),
+    )
+    return found, Stream(total)
+
+
+def block(
+    writer: Writer,
+    layer: Block,
+    stream: Stream,
+    step: Step,
+    past: tuple[ir.Value, ir.Value],
+) -> tuple[Stream, tuple[ir.Value, ir.Value]]:
+    """`(stream, (keys, values) so far)`."""
+    x, stream = norm(writer, stream, layer.attention_norm)
+    attended, present = attention(writer, layer.attention, x, step, past)
+    attended = _out(writer, attended, layer.attention_out_norm)
+    if not layer.is_parallel:
+        stream = Stream(stream.value, attended)
+    if layer.feed_forward_norm is not None:
+        x, stream = norm(writer, stream, layer.feed_forward_norm)
+    y = feed_forward(writer, layer.feed_forward, x)
+    y = _out(writer, y, layer.feed_forward_out_norm)
+    if layer.is_parallel:
+        y = writer.op("Add", attended, y)
+    return Stream(stream.value, y), present
+
+
+def _out(writer: Writer, x: ir.Value, layer: Norm | None) -> ir.Value:
+    return x if layer is None else norm(writer, Stream(x), layer)[0]
+
+
+# -- Attention ---------------------------------------------------------------
+
+
+def attention(
+    writer: Writer,
+    layer: Attention,
+    x: ir.Value,
+    step: Step,
+    past: tuple[ir.Value, ir.Value],
+) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+    """`(outputs, (keys, values) so far)`."""
+    query, key, value = _projections(writer, layer, x)
+    cos, sin = None, None
+    if layer.rotary is not None:
+        cos, sin = rotary_tables(writer, layer, step.context_length)
+    sinks = None
+    if layer.sinks is not None:
+        name = f"{layer.query.path}.sinks"
+        sinks = writer.constant(name, layer.sinks)
+    attended, keys, values = writer.fused(
+        "GroupQueryAttention",
+        query,
+        key,
+        value,
+        *past,
+        step.lengths,
+        step.total,
+        cos,
+        sin,
+        None,
+        step.bias,
+        sinks,
+        outputs=3,
+        num_heads=layer.num_heads,
+        kv_num_heads=layer.num_kv_heads,
+        scale=float(layer.scale),
+        softcap=float(layer.soft_cap or 0.0),
+        do_rotary=int(layer.rotary is not None),
+        rotary_interleaved=int(bool(layer.rotary and layer.rotary.interleaved)),
+        local_window_size=layer.window or -1,
+    )
+    return writer.linear(attended, layer.output), (keys, values)
+
+
+def _projections(
+    writer: Writer, layer: Attention, x: ir.Value
+) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+    """`(query, key, value)`, or all in one where nothing is between."""
+    packed = writer.linear(x, layer.query, layer.key, layer.value)
+    if layer.query_norm is None and layer.key_norm is None:
+        return packed, None, None
+    sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
+    sizes = [size * layer.head_size for size in sizes]
+    query, key, value = writer.op(
+        "Split", packed, writer.integers(*sizes), outputs=3, axis=-1
+    )
+    query = _head_norm(writer, layer, query, layer.query_norm)
+    return query, _head_norm(writer, layer, key, layer.key_norm), value
+
+
+def _head_norm(
+    writer: Writer, layer: Attention, x: ir.Value, kind: Norm | None
+) -> ir.Value:
+    if kind is None:
+        return x
+    heads = writer.reshape(x, 0, 0, -1, layer.head_size)
+    heads, _ = norm(writer, Stream(heads), kind)
+    return writer.op("Reshape", heads, writer.op("Shape", x))
+
+
+def rotary_tables(
+    writer: Writer, layer: Attention, length: int
+) -> tuple[ir.Value, ir.Value]:
+    """Cosines and sines by position, `[length, pairs]` each."""
+    rotary: Rotary = layer.rotary  # type: ignore[assignment]
+    angles = np.outer(np.arange(length), rotary.frequencies.astype("float64"))
+    # Layers that turn alike share one table: its name is its content.
+    key = hash((rotary.frequencies.tobytes(), rotary.scale)) & 0xFFFFFFFF
+    return (
+        writer.constant(
+            f"cos.{key:08x}", (np.cos(angles) * rotary.scale).astype("float32")
+        ),
+        writer.constant(
+            f"sin.{key:08x}", (np.sin(angles) * rotary.scale).astype("float32")
+        ),
+    )
+
+
+# -- Feed forward ------------------------------------------------------------
+
+
+def _silu(writer: Writer, x: ir.Value) -> ir.Value:
+    return writer.op("Mul", x, writer.op("Sigmoid", x))
+
+
+def _gelu(writer: Writer, x: ir.Value) -> ir.Value:
+    return writer.op("Gelu", x, approximate="none")
+
+
+def _gelu_tanh(writer: Writer, x: ir.Value) -> ir.Value:
+    return writer.fused("FastGelu", x)
+
+
+def _relu(writer: Writer, x: ir.Value) -> ir.Value:
+    return writer.op("Relu", x)
+
+
+ACTIVATIONS: dict[str, Callable[[Writer, ir.Value], ir.Value]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": _relu,
+    "silu": _silu,
+}
+
+
+def feed_forward(
+    writer: Writer, layer: FeedForward | Experts, x: ir.Value
+) -> ir.Value:
+    """A feed-forward layer, or experts."""
+    if isinstance(layer, Experts):
+        return experts(writer, layer, x)
+    activation = ACTIVATIONS[layer.activation]
+    up = writer.linear(x, layer.up)
+    if layer.gate is None:
+        return writer.linear(activation(writer, up), layer.down)
+    gate = activation(writer, writer.linear(x, layer.gate))
+    return writer.linear(writer.op("Mul", gate, up), layer.down)
+
+
+def experts(writer: Writer, layer: Experts, x: ir.Value) -> ir.Value:
+    """Every expert's outputs, weighted: zero where it was not chosen."""
+    scores = writer.linear(x, layer.router)
+    count = writer.integers(layer.per_token)
+    if layer.normalized:
+        best, chosen = writer.op("TopK", scores, count, outputs=2, axis=-1)
+        shares = writer.op("Softmax", best, axis=-1)
+    else:
+        scores = writer.op("Softmax", scores, axis=-1)
+        shares, chosen = writer.op("TopK", scores, count, outputs=2, axis=-1)
+    nothing = writer.op("Mul", scores, writer.number(0.0))
+    weights = writer.op("ScatterElements", nothing, chosen, shares, axis=-1)
+    total = None
+    for index, expert in enumerate(layer.experts):
+        share = writer.op("Gather", weights, writer.integers(index), axis=-1)
+        part = writer.op("Mul", feed_forward(writer, expert, x), share)
+        total = part if total is None else writer.op("Add", total, part)
+    if layer.shared is None:
+        return total
+    extra = feed_forward(writer, layer.shared, x)
+    if layer.shared_gate is not None:
+        gate = writer.op("Sigmoid", writer.linear(x, layer.shared_gate))
+        extra = writer.op("Mul", extra, gate)
+    return writer.op("Add", total, extra)
+
+
+def soft_cap(writer: Writer, x: ir.Value, bound: float | None) -> ir.Value:
+    """`bound * tanh(x / bound)`."""
+    if bound is None:
+        return x
+    small = writer.op("Mul", x, writer.number(1.0 / bound))
+    return writer.op("Mul", writer.op("Tanh", small), writer.number(bound))

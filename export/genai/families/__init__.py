@@ -1,0 +1,38 @@
+"""Keras models as decoders: one short file for each family."""
+
+import importlib
+
+import keras
+
+from keras_peft import layer_tree
+from keras_peft.export.genai.decoder import Decoder
+from keras_peft.export.genai.reader import Reader
+
+# By the name of the backbone's class: the file that describes it.
+FAMILIES = {
+    "GPT2Backbone": "gpt2",
+    "Llama3Backbone": "llama",
+    "LlamaBackbone": "llama",
+}
+
+
+def describe(model: keras.Model) -> Decoder:
+    """A keras-hub CausalLM as a decoder.
+
+    Raises:
+        ValueError: If no family describes its backbone.
+    """
+    backbone = getattr(model, "backbone", None)
+    kind = layer_tree.base_class(backbone).__name__ if backbone else None
+    if kind not in FAMILIES:
+        raise ValueError(
+            "No description for this architecture, which says where a "
+            "backbone keeps its projections, norms and tables. Those which "
+            f"exist are for {sorted(FAMILIES)}; another is one file in "
+            "`keras_peft/export/genai/families/` with a function "
+            "`describe(backbone, reader)` that returns a `Decoder`, and one "
+            f"line in its `FAMILIES`. Received: {type(model).__name__} with "
+            f"backbone={kind}"
+        )
+    family = importlib.import_module(f"{__name__}.{FAMILIES[kind]}")
+    return family.describe(backbone, Reader(model))
