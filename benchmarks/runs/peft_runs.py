@@ -65,7 +65,9 @@ def settings(name, task, steps):
             target_modules=keys, feedforward_modules=forward
         ),
         "NormTuning": lambda: peft.LNTuningConfig(target_modules=NORMS[task]),
-        "PromptTuning": lambda: peft.PromptTuningConfig(**prompt),
+        "PromptTuning": lambda: peft.PromptTuningConfig(
+            prompt_tuning_init="SAMPLE_VOCAB", **prompt
+        ),
         "PTuning": lambda: peft.PromptEncoderConfig(**prompt),
         "PrefixTuning": lambda: peft.PrefixTuningConfig(**prompt),
     }.get(name)
