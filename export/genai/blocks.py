@@ -1,6 +1,7 @@
 """The parts of a decoder as operators of ONNX Runtime."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,11 @@ from keras_peft.export.genai.decoder import Experts
 from keras_peft.export.genai.decoder import FeedForward
 from keras_peft.export.genai.decoder import Norm
 from keras_peft.export.genai.decoder import Rotary
+from keras_peft.export.genai.experts import chosen_experts
+from keras_peft.export.genai.linear import linear
+from keras_peft.export.genai.positions import alibi
+from keras_peft.export.genai.positions import rotary_angles
+from keras_peft.export.genai.positions import rotary_positions
 from keras_peft.export.genai.writer import Writer
 
 # Added to the score of a token that stands for nothing: no score is near it,
@@ -114,9 +120,12 @@ def attention(
 ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
     """`(outputs, (keys, values) so far)`."""
     query, key, value = _projections(writer, layer, x)
-    cos, sin = None, None
+    cos, sin, rows, bias = None, None, None, step.bias
     if layer.rotary is not None:
-        cos, sin = rotary_tables(writer, layer, step.context_length)
+        cos, sin = rotary_tables(writer, layer.rotary, step.context_length)
+        rows = rotary_positions(writer, layer.rotary, bias, step.lengths)
+    if layer.slopes is not None:
+        bias = alibi(writer, bias, layer.slopes)
     sinks = None
     if layer.sinks is not None:
         name = f"{layer.query.path}.sinks"
@@ -131,8 +140,8 @@ def attention(
         step.total,
         cos,
         sin,
-        None,
-        step.bias,
+        rows,
+        bias,
         sinks,
         outputs=3,
         num_heads=layer.num_heads,
@@ -143,14 +152,14 @@ def attention(
         rotary_interleaved=int(bool(layer.rotary and layer.rotary.interleaved)),
         local_window_size=layer.window or -1,
     )
-    return writer.linear(attended, layer.output), (keys, values)
+    return linear(writer, attended, layer.output), (keys, values)
 
 
 def _projections(
     writer: Writer, layer: Attention, x: ir.Value
 ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
     """`(query, key, value)`, or all in one where nothing is between."""
-    packed = writer.linear(x, layer.query, layer.key, layer.value)
+    packed = linear(writer, x, layer.query, layer.key, layer.value)
     if layer.query_norm is None and layer.key_norm is None:
         return packed, None, None
     sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
@@ -173,20 +182,17 @@ def _head_norm(
 
 
 def rotary_tables(
-    writer: Writer, layer: Attention, length: int
+    writer: Writer, rotary: Rotary, length: int
 ) -> tuple[ir.Value, ir.Value]:
-    """Cosines and sines by position, `[length, pairs]` each."""
-    rotary: Rotary = layer.rotary  # type: ignore[assignment]
-    angles = np.outer(np.arange(length), rotary.frequencies.astype("float64"))
+    """Cosines and sines by position, `[rows, pairs]` each."""
+    angles = rotary_angles(rotary, length)
+    cos = (np.cos(angles) * rotary.scale).astype("float32")
+    sin = (np.sin(angles) * rotary.scale).astype("float32")
     # Layers that turn alike share one table: its name is its content.
-    key = hash((rotary.frequencies.tobytes(), rotary.scale)) & 0xFFFFFFFF
+    key = zlib.crc32(cos.tobytes())
     return (
-        writer.constant(
-            f"cos.{key:08x}", (np.cos(angles) * rotary.scale).astype("float32")
-        ),
-        writer.constant(
-            f"sin.{key:08x}", (np.sin(angles) * rotary.scale).astype("float32")
-        ),
+        writer.constant(f"cos.{key:08x}", cos),
+        writer.constant(f"sin.{key:08x}", sin),
     )
 
 
@@ -224,35 +230,21 @@ def feed_forward(
     if isinstance(layer, Experts):
         return experts(writer, layer, x)
     activation = ACTIVATIONS[layer.activation]
-    up = writer.linear(x, layer.up)
+    up = linear(writer, x, layer.up)
     if layer.gate is None:
-        return writer.linear(activation(writer, up), layer.down)
-    gate = activation(writer, writer.linear(x, layer.gate))
-    return writer.linear(writer.op("Mul", gate, up), layer.down)
+        return linear(writer, activation(writer, up), layer.down)
+    gate = activation(writer, linear(writer, x, layer.gate))
+    return linear(writer, writer.op("Mul", gate, up), layer.down)
 
 
 def experts(writer: Writer, layer: Experts, x: ir.Value) -> ir.Value:
-    """Every expert's outputs, weighted: zero where it was not chosen."""
-    scores = writer.linear(x, layer.router)
-    count = writer.integers(layer.per_token)
-    if layer.normalized:
-        best, chosen = writer.op("TopK", scores, count, outputs=2, axis=-1)
-        shares = writer.op("Softmax", best, axis=-1)
-    else:
-        scores = writer.op("Softmax", scores, axis=-1)
-        shares, chosen = writer.op("TopK", scores, count, outputs=2, axis=-1)
-    nothing = writer.op("Mul", scores, writer.number(0.0))
-    weights = writer.op("ScatterElements", nothing, chosen, shares, axis=-1)
-    total = None
-    for index, expert in enumerate(layer.experts):
-        share = writer.op("Gather", weights, writer.integers(index), axis=-1)
-        part = writer.op("Mul", feed_forward(writer, expert, x), share)
-        total = part if total is None else writer.op("Add", total, part)
+    """The outputs of each token's experts, and of the one for all tokens."""
+    total = chosen_experts(writer, layer, x)
     if layer.shared is None:
         return total
     extra = feed_forward(writer, layer.shared, x)
     if layer.shared_gate is not None:
-        gate = writer.op("Sigmoid", writer.linear(x, layer.shared_gate))
+        gate = writer.op("Sigmoid", linear(writer, x, layer.shared_gate))
         extra = writer.op("Mul", extra, gate)
     return writer.op("Add", total, extra)
 

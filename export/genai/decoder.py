@@ -6,8 +6,12 @@ normalized input is multiplied with.
 """
 
 import dataclasses
+from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,11 +60,16 @@ class Rotary:
         scale: Factor of the cosines and sines, as YaRN has it.
         interleaved: Whether a pair is `(2i, 2i + 1)` and not
             `(i, pairs + i)`.
+        long: Frequencies for texts of more than `long_after` tokens, or
+            `None` for the same ones.
+        long_after: How many tokens `frequencies` are for in that case.
     """
 
     frequencies: np.ndarray
     scale: float = 1.0
     interleaved: bool = False
+    long: np.ndarray | None = None
+    long_after: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,12 +122,16 @@ class FeedForward:
         down: `[inner, hidden]`.
         gate: Like `up`, or `None`.
         activation: A key of `blocks.ACTIVATIONS`.
+        limit: Where `gate(x)` is cut off above, and `up(x)` at both ends.
+        offset: Added to `up(x)` before `activation(gate(x))` multiplies it.
     """
 
     up: Linear
     down: Linear
     gate: Linear | None = None
     activation: str = "gelu"
+    limit: float | None = None
+    offset: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,7 +140,7 @@ class Experts:
 
     Attributes:
         router: `[hidden, experts]`.
-        experts: The feed-forward layers.
+        experts: The feed-forward layers, all with a gate.
         per_token: How many serve each token.
         normalized: Whether the weights of the chosen sum to 1.
         shared: One that serves every token besides.
@@ -217,3 +230,15 @@ class Decoder:
     def vocabulary_size(self) -> int:
         """How many tokens there are."""
         return self.table.rows.shape[0]
+
+
+def parts(whole: object, kind: type[T]) -> Iterator[T]:
+    """Yields every part of a kind, such as each `Linear`, in order."""
+    if isinstance(whole, kind):
+        yield whole
+    elif isinstance(whole, tuple):
+        for part in whole:
+            yield from parts(part, kind)
+    elif dataclasses.is_dataclass(whole):
+        for field in dataclasses.fields(whole):
+            yield from parts(getattr(whole, field.name), kind)

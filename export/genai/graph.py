@@ -8,6 +8,11 @@ import onnx_ir as ir
 from keras_peft.export.genai import blocks
 from keras_peft.export.genai.decoder import Attention
 from keras_peft.export.genai.decoder import Decoder
+from keras_peft.export.genai.linear import logits
+from keras_peft.export.genai.linear import product
+from keras_peft.export.genai.linear import rows
+from keras_peft.export.genai.slots import Slots
+from keras_peft.export.genai.slots import metadata
 from keras_peft.export.genai.storage import Plan
 from keras_peft.export.genai.writer import MICROSOFT
 from keras_peft.export.genai.writer import Writer
@@ -17,7 +22,9 @@ HEAD_SIZES = 16
 FILE, DATA = "model.onnx", "model.onnx.data"
 
 
-def build(decoder: Decoder, plan: Plan | None = None) -> ir.Model:
+def build(
+    decoder: Decoder, plan: Plan | None = None, slots: Slots | None = None
+) -> ir.Model:
     """A model that onnxruntime-genai runs.
 
     Inputs are `input_ids` `[batch, tokens]`, `attention_mask`
@@ -29,9 +36,10 @@ def build(decoder: Decoder, plan: Plan | None = None) -> ir.Model:
     Args:
         decoder: What to compute.
         plan: How each layer is stored; by default everything as float32.
+        slots: What adapters may change at run time; by default nothing.
     """
     _check_heads(decoder)
-    writer = Writer(plan or {})
+    writer = Writer(plan or {}, slots)
     ids = _input("input_ids", ir.DataType.INT64, "batch", "tokens")
     mask = _input("attention_mask", ir.DataType.INT64, "batch", "total")
     pasts = [
@@ -52,21 +60,27 @@ def build(decoder: Decoder, plan: Plan | None = None) -> ir.Model:
             )
         presents += present
     x, _ = blocks.norm(writer, stream, decoder.norm)
-    logits = blocks.soft_cap(
-        writer, writer.logits(decoder, x), decoder.soft_cap
+    output = blocks.soft_cap(
+        writer, _head(writer, decoder, x), decoder.soft_cap
     )
-    logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
-    logits.shape = ir.Shape(["batch", "tokens", decoder.vocabulary_size])
+    output.name, output.type = "logits", ir.TensorType(ir.DataType.FLOAT)
+    output.shape = ir.Shape(["batch", "tokens", decoder.vocabulary_size])
     inputs = [ids, mask, *(value for past in pasts for value in past)]
+    inputs += writer.defaults
     graph = ir.Graph(
         inputs,
-        [logits, *presents],
+        [output, *presents],
         nodes=writer.tape.nodes,
         initializers=writer.tape.initializers,
         opset_imports={"": OPSET, MICROSOFT: 1},
         name=decoder.genai_type,
     )
-    return ir.Model(graph, ir_version=IR_VERSION, producer_name="keras_peft")
+    return ir.Model(
+        graph,
+        ir_version=IR_VERSION,
+        producer_name="keras_peft",
+        metadata_props=metadata(writer, decoder),
+    )
 
 
 def _check_heads(decoder: Decoder) -> None:
@@ -102,47 +116,67 @@ def _cache(
 def _step(
     writer: Writer, decoder: Decoder, ids: ir.Value, mask: ir.Value
 ) -> blocks.Step:
-    """Lengths, and a bias that hides what the mask leaves out.
+    """How long each row is, and a bias that hides padding on the left.
 
-    Padding may stand on either side: all rows count as long as the longest,
-    and where tokens are turned by their positions only distances matter.
+    Rows padded on the right, as onnxruntime-genai pads them, are as long as
+    their text: their next keys overwrite those of padding. Rows padded on the
+    left are as long as all of it, and the bias hides the padding; where
+    tokens are turned by their positions, only distances matter.
     """
     shape = writer.op("Shape", mask)
-    total = writer.op("Gather", shape, writer.integers(1), axis=0)
-    total32 = writer.op("Cast", total, to=ir.DataType.INT32.value)
     batch = writer.op("Gather", shape, writer.integers(0), axis=0)
-    one = writer.constant("one", np.array([1], "int32"))
-    lengths = writer.op("Expand", writer.op("Sub", total32, one), batch)
-    scalar = writer.op("Squeeze", total32, writer.integers(0))
-    hidden = writer.op("Sub", writer.number(1.0), _as_float(writer, mask))
-    bias = writer.op("Mul", hidden, writer.number(blocks.MASKED))
-    bias = writer.op("Unsqueeze", bias, writer.integers(1, 2))
+    total = writer.op("Gather", shape, writer.integers(1), axis=0)
+    first = writer.op("Gather", mask, writer.integers(0), axis=1)
+    on_left = writer.op("Sub", writer.integers(1), first)  # (batch, 1)
+    text = writer.op("ReduceSum", mask, writer.integers(1), keepdims=1)
+    padding = writer.op("Mul", on_left, writer.op("Sub", total, text))
+    length = writer.op(
+        "Sub", writer.op("Add", text, padding), writer.integers(1)
+    )
+    length = writer.op("Squeeze", length, writer.integers(1))
+    hidden = writer.op(
+        "Mul", on_left, writer.op("Sub", writer.integers(1), mask)
+    )
+    bias = writer.op(
+        "Mul",
+        _as(writer, hidden, ir.DataType.FLOAT),
+        writer.number(blocks.MASKED),
+    )
     tokens = writer.op("Gather", writer.op("Shape", ids), writer.integers(1))
-    ones = writer.integers(1)
-    like = writer.op("Concat", batch, ones, tokens, total, axis=0)
-    bias = writer.op("Expand", bias, like)
-    return blocks.Step(lengths, scalar, bias, decoder.context_length)
+    like = writer.op("Concat", batch, writer.integers(1), tokens, total, axis=0)
+    bias = writer.op("Unsqueeze", bias, writer.integers(1, 2))
+    whole = writer.op("Squeeze", total, writer.integers(0))
+    return blocks.Step(
+        _as(writer, length, ir.DataType.INT32),
+        _as(writer, whole, ir.DataType.INT32),
+        writer.op("Expand", bias, like),
+        decoder.context_length,
+    )
 
 
-def _as_float(writer: Writer, x: ir.Value) -> ir.Value:
-    return writer.op("Cast", x, to=ir.DataType.FLOAT.value)
+def _as(writer: Writer, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    return writer.op("Cast", x, to=dtype.value)
 
 
 def _embed(
     writer: Writer, decoder: Decoder, ids: ir.Value, mask: ir.Value
 ) -> blocks.Stream:
-    x = writer.rows(decoder, ids)
+    x = rows(writer, decoder.table, ids)
     if decoder.embedding_scale != 1.0:
         x = writer.op("Mul", x, writer.number(decoder.embedding_scale))
     stream = blocks.Stream(x)
     if decoder.positions is not None:
-        table = decoder.positions
-        rows = writer.constant(f"{table.path}.rows", table.rows)
         where = _positions(writer, ids, mask)
-        stream = blocks.Stream(x, writer.op("Gather", rows, where, axis=0))
+        stream = blocks.Stream(x, rows(writer, decoder.positions, where))
     if decoder.embedding_norm is None:
         return stream
     return blocks.Stream(blocks.norm(writer, stream, decoder.embedding_norm)[0])
+
+
+def _head(writer: Writer, decoder: Decoder, x: ir.Value) -> ir.Value:
+    if decoder.head is None:
+        return logits(writer, decoder.table, x)
+    return product(writer, x, decoder.head)
 
 
 def _positions(writer: Writer, ids: ir.Value, mask: ir.Value) -> ir.Value:

@@ -7,20 +7,24 @@ file, for each run anew.
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from keras_peft.export.genai.decoder import Decoder
 from keras_peft.export.genai.decoder import Linear
+from keras_peft.export.genai.decoder import parts as parts_of
 
 if TYPE_CHECKING:
     from keras_peft.export.genai.writer import Writer
 
-# Where the model file says which layers a place is of.
-METADATA = "keras_peft.slots"
+# Where a model file says which layers a place is of, and whose adapters fit.
+LAYERS, BASE = "keras_peft.slots", "keras_peft.base"
 A, B = "lora_a", "lora_b"
+_SAMPLES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +59,23 @@ def low_rank(
     return writer.op("Add", outputs, change)
 
 
-def metadata(writer: "Writer") -> dict[str, str]:
+def metadata(writer: "Writer", decoder: Decoder) -> dict[str, str]:
     """What a model file says of its places."""
-    return {METADATA: json.dumps(writer.adaptable)}
+    if not writer.defaults:
+        return {}
+    return {LAYERS: json.dumps(writer.adaptable), BASE: str(base_id(decoder))}
+
+
+def base_id(decoder: Decoder) -> int:
+    """A number that tells one base from another, however it is stored."""
+    arrays = [decoder.table.rows]
+    arrays += [part.kernel for part in parts_of(decoder, Linear)]
+    found = 0
+    for array in arrays:
+        # Evenly spaced numbers: another checkpoint differs in most.
+        index = np.linspace(0, array.size - 1, _SAMPLES).astype(int)
+        found = zlib.crc32(array.flat[index].tobytes(), found)
+    return found & 0x7FFFFFFF  # The file has room for an int32.
 
 
 def common_name(parts: Sequence[Linear]) -> str:

@@ -23,7 +23,7 @@ def describe(backbone: keras.Model, reader: Reader) -> Decoder:
         blocks=tuple(block(la, reader) for la in backbone.transformer_layers),
         norm=reader.norm(backbone.layer_norm),
         context_length=len(positions.rows),
-        genai_type="gpt2",
+        genai_type="decoder",
     )
 
 

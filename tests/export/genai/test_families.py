@@ -55,6 +55,17 @@ def test_padding_on_the_left_changes_no_logit(exported):
     _compare(found[1:], logits(model, ids[1:]))
 
 
+def test_padding_on_the_right_is_overwritten(exported):
+    model, stepping = exported
+    ids, mask = _tokens(), np.ones((2, LENGTH), int)
+    # The first row's text is 4 tokens shorter than the prompts' 10.
+    ids[0, 6:10] = mask[0, 6:10] = 0
+    found = stepping(ids, mask, sizes=(10,))
+    text = np.delete(ids[:1], range(6, 10), axis=1)
+    _compare(np.delete(found[:1], range(6, 10), axis=1), logits(model, text))
+    _compare(found[1:], logits(model, ids[1:]))
+
+
 def test_the_cache_grows_far_beyond_the_prompt(exported):
     model, stepping = exported
     ids = _tokens(rows=1, length=90)

@@ -1,0 +1,70 @@
+"""`genai_config.json`: what onnxruntime-genai must know besides the graph."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras_peft.export.genai import graph
+from keras_peft.export.genai.decoder import Decoder
+
+NAME = "genai_config.json"
+
+
+def genai_config(
+    decoder: Decoder,
+    context_length: int,
+    end: Sequence[int] = (),
+    pad: int | None = None,
+    start: int | None = None,
+) -> dict[str, Any]:
+    """The settings of a decoder and its tokens.
+
+    Args:
+        decoder: The decoder.
+        context_length: How many tokens a prompt and its answer may have.
+        end: Tokens that end an answer.
+        pad: Token that fills shorter prompts of a batch up.
+        start: Token that a text starts with, where there is one.
+    """
+    attention = decoder.blocks[0].attention
+    tokens: dict[str, Any] = {"bos_token_id": start, "pad_token_id": pad}
+    if end:
+        tokens["eos_token_id"] = list(end) if len(end) > 1 else end[0]
+    kinds = ("key", "value")
+    return {
+        "model": {
+            "type": decoder.genai_type,
+            "vocab_size": decoder.vocabulary_size,
+            "context_length": context_length,
+            **{name: id for name, id in tokens.items() if id is not None},
+            "decoder": {
+                "filename": graph.FILE,
+                "hidden_size": decoder.hidden_size,
+                "head_size": attention.head_size,
+                "num_attention_heads": attention.num_heads,
+                "num_key_value_heads": attention.num_kv_heads,
+                "num_hidden_layers": len(decoder.blocks),
+                "session_options": {"provider_options": []},
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    **{
+                        f"past_{kind}_names": f"past_key_values.%d.{kind}"
+                        for kind in kinds
+                    },
+                },
+                "outputs": {
+                    "logits": "logits",
+                    **{
+                        f"present_{kind}_names": f"present.%d.{kind}"
+                        for kind in kinds
+                    },
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": context_length,
+            # The operator writes new keys where the old ones lie.
+            "past_present_share_buffer": True,
+        },
+    }
