@@ -206,19 +206,20 @@ class Decoder:
         embedding_scale: Factor of the tokens' rows.
         embedding_norm: What the sum of both passes.
         soft_cap: Bound on the logits, as in `Attention`.
-        context_length: How many tokens the model was made for.
+        context_length: How many tokens the model was made for, where the
+            Keras model tells.
         genai_type: `model.type` in `genai_config.json`.
     """
 
     table: Table
     blocks: tuple[Block, ...]
     norm: Norm
-    context_length: int
     head: Linear | None = None
     positions: Table | None = None
     embedding_scale: float = 1.0
     embedding_norm: Norm | None = None
     soft_cap: float | None = None
+    context_length: int | None = None
     genai_type: str = "decoder"
 
     @property

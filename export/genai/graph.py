@@ -23,7 +23,10 @@ FILE, DATA = "model.onnx", "model.onnx.data"
 
 
 def build(
-    decoder: Decoder, plan: Plan | None = None, slots: Slots | None = None
+    decoder: Decoder,
+    plan: Plan | None = None,
+    slots: Slots | None = None,
+    context_length: int = 2048,
 ) -> ir.Model:
     """A model that onnxruntime-genai runs.
 
@@ -37,6 +40,7 @@ def build(
         decoder: What to compute.
         plan: How each layer is stored; by default everything as float32.
         slots: What adapters may change at run time; by default nothing.
+        context_length: How many tokens it can be given, with the answer.
     """
     _check_heads(decoder)
     writer = Writer(plan or {}, slots)
@@ -46,7 +50,7 @@ def build(
         _cache("past_key_values", n, b.attention, "past")
         for n, b in enumerate(decoder.blocks)
     ]
-    step = _step(writer, decoder, ids, mask)
+    step = _step(writer, ids, mask, context_length)
     stream = _embed(writer, decoder, ids, mask)
     presents = []
     for n, layer in enumerate(decoder.blocks):
@@ -114,7 +118,7 @@ def _cache(
 
 
 def _step(
-    writer: Writer, decoder: Decoder, ids: ir.Value, mask: ir.Value
+    writer: Writer, ids: ir.Value, mask: ir.Value, context_length: int
 ) -> blocks.Step:
     """How long each row is, and a bias that hides padding on the left.
 
@@ -150,7 +154,7 @@ def _step(
         _as(writer, length, ir.DataType.INT32),
         _as(writer, whole, ir.DataType.INT32),
         writer.op("Expand", bias, like),
-        decoder.context_length,
+        context_length,
     )
 
 

@@ -10,9 +10,24 @@ from keras_peft.export.genai.reader import Reader
 
 # By the name of the backbone's class: the file that describes it.
 FAMILIES = {
+    "BloomBackbone": "bloom",
+    "FalconBackbone": "falcon",
     "GPT2Backbone": "gpt2",
+    "GPTNeoXBackbone": "gpt_neo_x",
+    "Gemma3Backbone": "gemma3",
+    "GemmaBackbone": "gemma",
+    "GptOssBackbone": "gpt_oss",
     "Llama3Backbone": "llama",
     "LlamaBackbone": "llama",
+    "MistralBackbone": "mistral",
+    "MixtralBackbone": "mixtral",
+    "OPTBackbone": "opt",
+    "Phi3Backbone": "phi3",
+    "Qwen3Backbone": "qwen3",
+    "Qwen3MoeBackbone": "qwen3_moe",
+    "QwenBackbone": "qwen",
+    "QwenMoeBackbone": "qwen_moe",
+    "SmolLM3Backbone": "smollm3",
 }
 
 

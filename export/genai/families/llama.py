@@ -1,5 +1,7 @@
 """Llama 2 and 3: rotary positions, RMS norms, gated feed-forward layers."""
 
+from typing import Any
+
 import keras
 
 from keras_peft.export.genai.decoder import Attention
@@ -13,20 +15,27 @@ from keras_peft.export.genai.reader import activation_name
 
 def describe(backbone: keras.Model, reader: Reader) -> Decoder:
     """See `families.describe`."""
+    blocks = [block(layer, reader) for layer in backbone.transformer_layers]
+    return decoder(backbone, reader, blocks, genai_type="llama")
+
+
+def decoder(
+    backbone: keras.Model, reader: Reader, blocks: list[Block], **rest: Any
+) -> Decoder:
+    """What stands around the blocks of Llama, and of models built like it."""
     return Decoder(
         table=reader.table(backbone.token_embedding),
         head=reader.head(backbone.token_embedding),
-        blocks=tuple(block(la, reader) for la in backbone.transformer_layers),
+        blocks=tuple(blocks),
         norm=reader.rms_norm(backbone.layer_norm),
-        context_length=4096,
-        genai_type="llama",
+        **rest,
     )
 
 
-def block(layer: keras.Layer, reader: Reader) -> Block:
-    """One layer of Llama, and of those built like it."""
+def block(layer: keras.Layer, reader: Reader, **rest: Any) -> Block:
+    """One of the blocks; `rest` is what its attention has besides."""
     return Block(
-        attention=attention(layer._self_attention_layer, reader),
+        attention=attention(layer._self_attention_layer, reader, **rest),
         feed_forward=FeedForward(
             gate=reader.linear(layer._feedforward_gate_dense),
             up=reader.linear(layer._feedforward_intermediate_dense),
@@ -38,8 +47,8 @@ def block(layer: keras.Layer, reader: Reader) -> Block:
     )
 
 
-def attention(layer: keras.Layer, reader: Reader, **rest: object) -> Attention:
-    """Its attention; `rest` is what others have besides."""
+def attention(layer: keras.Layer, reader: Reader, **rest: Any) -> Attention:
+    """Its attention."""
     _, num_heads, head_size = layer._query_dense.kernel.shape
     return Attention(
         query=reader.linear(layer._query_dense),
