@@ -4,12 +4,16 @@ from typing import Any
 
 import tokenizers
 from keras_hub.tokenizers import SentencePieceTokenizer
+from tokenizers import AddedToken
 from tokenizers import Regex
 from tokenizers import decoders
 from tokenizers import models
 from tokenizers import normalizers
 
 SPACE = "▁"
+# Ends the name of a piece that matches no text. It is no letter: Unicode keeps
+# it for the inside of programs.
+UNSEEN = "\ufdd0"
 
 
 def convert_sentence_piece(
@@ -28,6 +32,7 @@ def convert_sentence_piece(
     if model is None:
         return None
     result = tokenizers.Tokenizer(model)
+    result.add_tokens(_user_defined(proto))
     result.normalizer = normalizers.Sequence(_steps(proto.normalizer_spec))
     result.decoder = decoders.Metaspace(replacement=SPACE)
     return result
@@ -61,13 +66,13 @@ def _parse(serialized: bytes) -> Any:
 def _model(proto: Any, layer: SentencePieceTokenizer) -> models.Model | None:
     spec = proto.trainer_spec
     scores = _scores(proto, layer)
-    unknown = scores.index((" " + spec.unk_piece, 0.0))
+    unknown = scores.index((spec.unk_piece + UNSEEN, 0.0))
     if spec.model_type == spec.UNIGRAM:
         return models.Unigram(scores, unknown, byte_fallback=spec.byte_fallback)
     if spec.model_type == spec.BPE:
         return models.BPE(
             vocab={piece: id for id, (piece, _) in enumerate(scores)},
-            merges=_merges(dict(scores)),
+            merges=_merges(_merging(proto, scores)),
             unk_token=scores[unknown][0],
             fuse_unk=True,
             byte_fallback=spec.byte_fallback,
@@ -81,7 +86,7 @@ def _scores(
     """Pieces with their scores, in the order of keras-hub's ids.
 
     A piece that must not match text, such as `<s>` or a mask that keras-hub
-    adds, gets a leading space: the normalizer leaves none in a text.
+    adds, gets a name that no text contains.
     """
     kind = proto.SentencePiece
     matching = {
@@ -90,9 +95,31 @@ def _scores(
         if piece.type in (kind.NORMAL, kind.USER_DEFINED, kind.BYTE)
     }
     return [
-        (piece, matching[piece]) if piece in matching else (" " + piece, 0.0)
+        (piece, matching[piece]) if piece in matching else (piece + UNSEEN, 0.0)
         for piece in layer.get_vocabulary()
     ]
+
+
+def _user_defined(proto: Any) -> list[AddedToken]:
+    """Pieces that are cut out of a text before anything else.
+
+    Those with a space mark stay pieces with the best of scores: a text has no
+    such mark yet where it is cut.
+    """
+    kind = proto.SentencePiece
+    return [
+        AddedToken(piece.piece, normalized=False, special=False)
+        for piece in proto.pieces
+        if piece.type == kind.USER_DEFINED and SPACE not in piece.piece
+    ]
+
+
+def _merging(proto: Any, scores: list[tuple[str, float]]) -> dict[str, float]:
+    """Pieces that are merged from others: no bytes, nothing cut out."""
+    cut = {token.content for token in _user_defined(proto)}
+    kind = proto.SentencePiece
+    cut |= {p.piece for p in proto.pieces if p.type == kind.BYTE}
+    return {piece: score for piece, score in scores if piece not in cut}
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:

@@ -51,7 +51,25 @@ SPECIAL = (
     "<|endoftext|> <bos> <eos> <start_of_turn>user <|begin_of_text|>",
 )
 
-TEXTS = (*SCRIPTS, *CODE, *SPACES, *ODD, *LONG, *SPECIAL)
+BREAKS = (
+    "code  \n    in blocks\n\n\n  with \n \n trailing\t\n\tblanks \r\n  end\n",
+    "1 000,00 a1b22c333d4444 $12.50 (2+2)*3=12 v1.2.3-rc4 50% n°5 2ᵉ ①②",
+    "snake_case camelCase HTTPServer x->y ::std --flag=1 {{a}} [[b]] <<c>>",
+    "    \n\t\n  \n    return x\n        # two  spaces\n\n",
+)
+
+TEXTS = (*SCRIPTS, *CODE, *SPACES, *ODD, *LONG, *SPECIAL, *BREAKS)
+
+
+def around(tokens: Sequence[str]) -> list[str]:
+    """Texts in which each of `tokens` stands alone and among others."""
+    texts = list(tokens)
+    for token in tokens:
+        texts += [
+            f"a{token}b {token} c\n{token}\nd",
+            f"{token}{token}  {token}",
+        ]
+    return texts
 
 
 def differing_lines(
