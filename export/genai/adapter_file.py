@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from keras_peft.export.genai.slots import BASE
 from keras_peft.export.genai.slots import A
 from keras_peft.export.genai.slots import B
-from keras_peft.export.genai.slots import BASE
 
 SUFFIX = ".onnx_adapter"
 _VERSION = 1

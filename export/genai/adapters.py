@@ -182,9 +182,7 @@ def low_rank_parameters(
     return found
 
 
-def _packed(
-    here: Sequence[Linear], changes: Mapping[str, Factors]
-) -> Factors:
+def _packed(here: Sequence[Linear], changes: Mapping[str, Factors]) -> Factors:
     """One `A` and `B` for layers whose outputs lie one after the other."""
     ends = np.cumsum([part.kernel.shape[1] for part in here])
     firsts: list[np.ndarray] = []
