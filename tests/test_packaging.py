@@ -41,9 +41,11 @@ def sdist(checkout):
 @pytest.fixture(scope="module")
 def repository_files(checkout):
     """What an install must hold, by its path in the install."""
-    return files_below(checkout / "keras_peft", "keras_peft") | files_below(
-        checkout / "export", "keras_peft/export"
-    )
+    return {
+        *files_below(checkout / "keras_peft", "keras_peft"),
+        *files_below(checkout / "keras_peft_cli", "keras_peft_cli"),
+        *files_below(checkout / "export", "keras_peft/export"),
+    }
 
 
 def test_wheel_holds_every_file(wheel, repository_files):
