@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from keras_peft.export.report import ExportReport
     from keras_peft.merge import MergeReport
 
-__all__ = ["to_litert", "to_onnx", "verify"]
+__all__ = ["to_genai", "to_litert", "to_onnx", "verify"]
 
 
 def to_onnx(
@@ -164,6 +164,83 @@ def to_litert(
         labels=labels,
         evaluation=evaluation,
         merge_report=merge_report,
+    )
+
+
+def to_genai(
+    model: "keras.Model",
+    folder: str | Path,
+    quantize: str | None = None,
+    calibration: Sequence[str] | None = None,
+    evaluation: Sequence[str] | None = None,
+    tokenizer: Any = None,
+    hf_folder: str | Path | None = None,
+    context_length: int | None = None,
+) -> "ExportReport":
+    """Writes a folder that onnxruntime-genai runs `model` from.
+
+    For language models: with a cache of keys and values, on Android, iOS,
+    Windows, Linux and macOS. The folder holds the graph and its weights,
+    `genai_config.json`, the tokenizer that trained with its chat template, a
+    manifest, a report, and a README with code. It appears whole or not at
+    all.
+
+    The graph is built from the Keras weights, of whatever backend, in the
+    operators that ONNX Runtime is fastest with. Before the folder appears, it
+    is compared with Keras, fed step by step in float32 and as it is stored,
+    and onnxruntime-genai must answer with the tokens of the graph.
+
+    Args:
+        model: A `keras_hub.models.CausalLM`. Adapters must have been merged,
+            with `keras_peft.merge`.
+        folder: Where to write. A new folder, or an older export.
+        quantize: `None` for float32, `"float16"` for half the bytes,
+            `"int8"` for blocks of 8-bit integers, or `"int4"` for 4 bits with
+            the table of tokens and the head in 8.
+        calibration: Texts like those the model was trained on. With them,
+            integers are chosen that lose least on such texts.
+        evaluation: Texts that were not trained on. The report then has the
+            loss on them, before and after.
+        tokenizer: What trained: a keras-hub preprocessor or tokenizer, or one
+            of `transformers` or `tokenizers`. By default
+            `model.preprocessor`.
+        hf_folder: The Hugging Face folder that the model came from, whose
+            chat template, end tokens, generation settings and context length
+            are taken over.
+        context_length: How many tokens a prompt and its answer may have. By
+            default what the model or `hf_folder` tells, or else 2048.
+
+    Returns:
+        An `ExportReport`; `print` shows size, speed and loss by step.
+
+    Raises:
+        ValueError: If no description exists for the architecture, an argument
+            does not fit, the model carries adapters, a weight is not finite,
+            the tokenizer cannot be reproduced, or a check fails. The folder
+            is then as it was.
+        OSError: If the disk has no room.
+        ImportError: If `pip install keras-peft[genai]` is missing.
+
+    Example:
+    ```python
+    keras_peft.merge(model)
+    report = keras_peft.export.to_genai(
+        model, "assistant/", quantize="int8", evaluation=test_texts
+    )
+    print(report)
+    ```
+    """
+    from keras_peft.export.genai import deploy
+
+    return deploy.to_genai(
+        model,
+        folder,
+        quantize=quantize,
+        calibration=calibration,
+        evaluation=evaluation,
+        tokenizer=tokenizer,
+        hf_folder=hf_folder,
+        context_length=context_length,
     )
 
 

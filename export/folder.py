@@ -134,10 +134,15 @@ def _manifest(
         "outputs": [_entry(spec) for spec in result.outputs],
         **result.file.requirements(),
         "versions": _versions(result.file),
-        "files": {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in sorted(folder.iterdir())
-        },
+        "files": file_entries(folder),
+    }
+
+
+def file_entries(folder: Path) -> dict[str, Any]:
+    """Size and hash of every file in a folder."""
+    return {
+        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.iterdir())
     }
 
 

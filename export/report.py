@@ -23,6 +23,7 @@ class Step:
         cosine: Smallest cosine between an output and the one of Keras.
         accuracy: Share of labeled samples that are classified correctly.
         agreement: Share of the same samples that get the class Keras gives.
+        loss: Mean negative log-likelihood of a token of text.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Step:
     cosine: float = 1.0
     accuracy: float | None = None
     agreement: float | None = None
+    loss: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +126,16 @@ class ExportReport:
         (folder / "report.html").write_text(render(self), "utf-8")
 
     def __str__(self) -> str:
-        head = ("step", "size", "latency", "difference", "accuracy")
+        head = ("step", "size", "latency", "difference", "accuracy", "loss")
         rows = [head, *map(_row, self.steps)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        columns = [c for c in zip(*rows, strict=True) if any(c[1:])]
+        widths = [max(map(len, column)) for column in columns]
         return "\n".join(
             "  ".join(
                 cell.ljust(width)
                 for cell, width in zip(row, widths, strict=True)
             )
-            for row in rows
+            for row in zip(*columns, strict=True)
         )
 
 
@@ -143,6 +146,7 @@ def _row(step: Step) -> tuple[str, ...]:
         "" if step.latency_ms is None else f"{step.latency_ms:.2f} ms",
         "" if step.name == "keras" else f"{step.relative:.1e}",
         "" if step.accuracy is None else f"{step.accuracy:.1%}",
+        "" if step.loss is None else f"{step.loss:.4f}",
     )
 
 

@@ -114,6 +114,7 @@ _STEP_HEAD = (
     "Cosine",
     "Accuracy",
     "Same class",
+    "Loss",
 )
 
 
@@ -126,6 +127,7 @@ def _step_row(step: Step) -> list[str]:
         "" if keras else f"{step.cosine:.6f}",
         "" if step.accuracy is None else f"{step.accuracy:.2%}",
         "" if keras or step.agreement is None else f"{step.agreement:.2%}",
+        "" if step.loss is None else f"{step.loss:.4f}",
     ]
 
 

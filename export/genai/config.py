@@ -1,12 +1,22 @@
 """`genai_config.json`: what onnxruntime-genai must know besides the graph."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from keras_peft.export.genai import graph
 from keras_peft.export.genai.decoder import Decoder
 
 NAME = "genai_config.json"
+# What a Hugging Face folder says of generation, under the same names here.
+_SETTINGS = (
+    "do_sample",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+)
 
 
 def genai_config(
@@ -68,3 +78,14 @@ def genai_config(
             "past_present_share_buffer": True,
         },
     }
+
+
+def generation_settings(hf_folder: str | Path | None) -> dict[str, Any]:
+    """How a model was meant to be sampled from, where its folder says so."""
+    if hf_folder is None:
+        return {}
+    path = Path(hf_folder) / "generation_config.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text("utf-8"))
+    return {name: found[name] for name in _SETTINGS if name in found}

@@ -1,0 +1,43 @@
+"""What each layer and table of a decoder is stored as."""
+
+import numpy as np
+
+from keras_peft.export.blockwise import quantize as round_to_nearest
+from keras_peft.export.genai.decoder import Decoder
+from keras_peft.export.genai.decoder import Experts
+from keras_peft.export.genai.decoder import Linear
+from keras_peft.export.genai.decoder import Table
+from keras_peft.export.genai.decoder import parts
+from keras_peft.export.genai.storage import Float
+from keras_peft.export.genai.storage import Plan
+
+BITS = {"int8": 8, "int4": 4}
+# The table and the head decide between tokens directly: in 4 bits they alone
+# would cost as much as all other layers together gain.
+TABLE_BITS = 8
+
+
+def plan_storage(decoder: Decoder, quantize: str | None) -> Plan:
+    """Layers and tables by their keys; what is missing stays float32."""
+    if quantize is None:
+        return {}
+    layers = {part.key: part for part in parts(decoder, Linear)}
+    tables = {part.key: part for part in parts(decoder, Table)}
+    if quantize == "float16":
+        return {key: Float("float16") for key in (*layers, *tables)}
+    for part in parts(decoder, Experts):
+        # A rounded score may choose another expert, and is a thousandth of
+        # what that expert weighs.
+        layers.pop(part.router.key, None)
+    plan = {
+        key: round_to_nearest(part.kernel, BITS[quantize])
+        for key, part in layers.items()
+        if part is not decoder.head
+    }
+    if decoder.head is not None:
+        plan[decoder.head.key] = round_to_nearest(
+            decoder.head.kernel, TABLE_BITS
+        )
+    rows = np.ascontiguousarray(decoder.table.rows.T)
+    plan[decoder.table.key] = round_to_nearest(rows, TABLE_BITS)
+    return plan
