@@ -140,7 +140,7 @@ def _trace_in_process(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Tracers warn of themselves.
-            trace_here(model, signature, sample, path)
+            trace_here(model, signature, sample, path, tracer)
     except Exception as error:
         raise TracingError(f"{type(error).__name__}: {error}") from error
 
@@ -158,6 +158,7 @@ def _write_request(
     np.savez(folder / "sample.npz", **arrays)
     request = dataclasses.asdict(signature)
     request["file"] = path.name
+    request["source"] = keras.config.backend()
     request["modules"] = _modules(model, folder / "model.keras")
     (folder / "request.json").write_text(json.dumps(request))
     return request["modules"]

@@ -42,13 +42,15 @@ def trace(folder: Path) -> None:
         importlib.import_module(module)
     import keras
 
+    from keras_peft.export import patches
     from keras_peft.export.signature import ModelInput
     from keras_peft.export.signature import Signature
 
     # The file was written by the process that waits for this one.
-    model = keras.saving.load_model(
-        folder / "model.keras", compile=False, safe_mode=False
-    )
+    with patches.applied("load"):
+        model = keras.saving.load_model(
+            folder / "model.keras", compile=False, safe_mode=False
+        )
     signature = Signature(
         tuple(
             ModelInput(i["name"], i["dtype"], tuple(i["shape"]))
@@ -58,7 +60,8 @@ def trace(folder: Path) -> None:
         request["by_keyword"],
     )
     with np.load(folder / "sample.npz") as sample:
-        trace_here(model, signature, dict(sample), folder / request["file"])
+        path = folder / request["file"]
+        trace_here(model, signature, dict(sample), path, request["source"])
     del model
     keras.backend.clear_session()
 
@@ -68,17 +71,19 @@ def trace_here(
     signature: "Signature",
     sample: dict[str, np.ndarray],
     path: Path,
+    source: str,
 ) -> None:
     """Traces with whatever backend this process has.
 
-    The ending of `path` says which format it gets.
+    The ending of `path` says which format it gets, and `source` is the backend
+    that the model comes from.
     """
     import keras
 
     if path.suffix == ".tflite":
         from keras_peft.export.litert import trace as trace_litert
 
-        trace_litert.trace(model, signature, path)
+        trace_litert.trace(model, signature, path, source=source)
     elif keras.config.backend() == "torch":
         from keras_peft.export import trace_torch
 
@@ -86,7 +91,7 @@ def trace_here(
     else:
         from keras_peft.export import trace_tensorflow
 
-        trace_tensorflow.trace(model, signature, path)
+        trace_tensorflow.trace(model, signature, path, source=source)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ def trace(
     signature: Signature,
     path: Path,
     but: Collection[ModuleType] = (),
+    source: str = "tensorflow",
 ) -> None:
     """Writes the graph of `model` to `path`.
 
-    `but` names patches that stay away.
+    `but` names patches that stay away, and `source` the backend that the model
+    comes from.
     """
     import onnx
     import tensorflow as tf
@@ -45,7 +47,7 @@ def trace(
         return tuple(tf.identity(output) for output in outputs)
 
     function = tf.function(flat, input_signature=specs, autograph=False)
-    with patches.applied("tensorflow", but):
+    with patches.applied("tensorflow", but, source):
         concrete = function.get_concrete_function()
         proto, _ = tf2onnx.convert.from_function(
             function,

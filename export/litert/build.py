@@ -41,8 +41,9 @@ def build_litert(
             name. Inputs are made from the model's input specs by default.
         tolerance: Largest accepted difference of the final file, relative to
             the largest magnitude of each output. By default a float32 file
-            must meet a bound derived from rounding, and a quantized file is
-            measured and reported only.
+            must meet a bound derived from rounding, and from how far the model
+            magnifies a change of its inputs, and a quantized file is measured
+            and reported only.
 
     Returns:
         A `LiteRtResult`.
@@ -102,7 +103,7 @@ def _float_file(
             "Figures are those of texts whose tokens are read at once, but "
             "for the last two, which are decoded one by one."
         ]
-    except (tracing.TracingError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         return *_checked(checks, tolerance, "model"), [
             f"The file reads whole texts, without a cache: {error}"
         ]
@@ -116,8 +117,10 @@ def _checked(
     file = LiteRtFile(_converted(checks, stem))
     if file.generates:
         checks = checks.on([file.admitted(b) for b in checks.batches])
-    bound = tolerance or file.rounding_bound()
-    check = checks.compare(file.runner(), "float32", bound)
+    if tolerance is None:
+        check = checks.compare_exactly(file.runner(), file.rounding_bound())
+    else:
+        check = checks.compare(file.runner(), "float32", tolerance)
     enforce(check)
     return file, checks, check
 

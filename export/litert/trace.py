@@ -26,12 +26,14 @@ def trace(
     signature: Signature,
     path: Path,
     but: Collection[ModuleType] = (),
+    source: str = "tensorflow",
 ) -> None:
     """Writes the file that computes what a call of `model` does.
 
     A file called `decoder` gets a signature for a prompt, and one for each
     token after it. Inputs are called `input_<position>`, and outputs
-    `output_<position>`. `but` names patches that stay away.
+    `output_<position>`. `but` names patches that stay away, and `source` the
+    backend that the model comes from.
     """
     names = [i.name for i in signature.inputs]
 
@@ -39,7 +41,7 @@ def trace(
         named = dict(zip(names, tensors, strict=True))
         return keras.tree.flatten(signature.call(model, named))
 
-    with patches.applied("litert", but):
+    with patches.applied("litert", but, source):
         functions = {SIGNATURE: (flat, signature.inputs)}
         if path.stem == DECODER:
             functions = decoder.functions(model)

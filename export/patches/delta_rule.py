@@ -11,21 +11,18 @@ from typing import Any
 
 
 def _scan(step: Callable[..., Any], state: Any, *sequences: Any) -> Any:
-    """`(last state, outputs)` of steps over the second axis of sequences."""
-    import tensorflow as tf
+    """`(last state, outputs)` of steps over the second axis of sequences.
 
-    in_time = [tf.einsum("bt...->tb...", x) for x in sequences]
-    length = tf.shape(in_time[0])[0]
-    outputs = tf.TensorArray("float32", size=length)
+    The loop is that of Keras' recurrent layers.
+    """
+    from keras.src import backend
 
-    def body(time: Any, state: Any, outputs: Any) -> Any:
-        state, output = step(state, *(x[time] for x in in_time))
-        return time + 1, state, outputs.write(time, output)
+    def turn(now: Any, states: Any) -> Any:
+        state, output = step(states[0], *now)
+        return output, [state]
 
-    _, state, outputs = tf.while_loop(
-        lambda time, *_: time < length, body, (0, state, outputs)
-    )
-    return state, tf.einsum("tb...->bt...", outputs.stack())
+    _, outputs, (state,) = backend.rnn(turn, sequences, [state])
+    return state, outputs
 
 
 def _rwkv_step(

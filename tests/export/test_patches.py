@@ -1,5 +1,6 @@
 """Every patch of a tracing library is still needed, and does its work."""
 
+import contextlib
 from typing import Any
 
 import keras
@@ -8,17 +9,24 @@ import onnx
 import onnxruntime
 import pytest
 from ai_edge_litert.interpreter import Interpreter
+from zoo import ZOO
 
 from keras_peft.export import patches
 from keras_peft.export.litert import flatbuffer
 from keras_peft.export.patches import delta_rule
 from keras_peft.export.patches import erfc
 from keras_peft.export.patches import fourier
+from keras_peft.export.patches import fused_attention
 from keras_peft.export.patches import grouped_convolution
 from keras_peft.export.patches import integer_arithmetic
+from keras_peft.export.patches import masked_keys
 from keras_peft.export.patches import new_axis
+from keras_peft.export.patches import outer_product
 from keras_peft.export.patches import plain_product
 from keras_peft.export.patches import recurrence
+from keras_peft.export.patches import roll
+from keras_peft.export.patches import short_prompt
+from keras_peft.export.patches import stored_positions
 from keras_peft.export.patches import symbolic_integer
 from keras_peft.export.patches import symbolic_repeat
 from keras_peft.export.patches import symbolic_size
@@ -136,6 +144,32 @@ def _axes():
     return keras.Model(inputs, Axes()(inputs))
 
 
+def _angles():
+    """Every number times three others."""
+
+    @keras.saving.register_keras_serializable("tests")
+    class Angles(keras.layers.Layer):
+        def call(self, inputs):
+            speeds = keras.ops.arange(1, 4, dtype=inputs.dtype)
+            return keras.ops.einsum("bi,j->bij", inputs, speeds)
+
+    inputs = keras.Input((None,))
+    return keras.Model(inputs, Angles()(inputs))
+
+
+def _rolling():
+    """Rows moved on by one, and back by two."""
+
+    @keras.saving.register_keras_serializable("tests")
+    class Rolling(keras.layers.Layer):
+        def call(self, inputs):
+            square = inputs[:, :, None] * (1 + inputs[:, None])
+            return keras.ops.roll(square, (1, -2), axis=(1, 2))
+
+    inputs = keras.Input((None,))
+    return keras.Model(inputs, Rolling()(inputs))
+
+
 def _delta_rules():
     """A layer of Qwen3.5, beside one of RWKV7."""
     from keras_hub.src.models.qwen3_5.qwen3_5_gated_delta_net import (
@@ -175,7 +209,9 @@ NEEDS: dict[Any, Any] = {
     grouped_convolution: _convolution,
     integer_arithmetic: _distances,
     new_axis: _axes,
+    outer_product: _angles,
     recurrence: _recurrent,
+    roll: _rolling,
     symbolic_integer: _counting,
     symbolic_repeat: _repeating,
     symbolic_size: _larger,
@@ -187,6 +223,10 @@ LENGTHENED: dict[Any, Any] = {
     plain_product: _sequence,
     whole_products: _sequence,
 }
+
+
+# Those that stand between two calls of a model have tests of their own.
+APART = (short_prompt,)
 
 
 def _patches():
@@ -269,7 +309,11 @@ def test_a_patch_is_needed_and_mends(patch, tmp_path):
 )
 @pytest.mark.parametrize(
     "patch",
-    [patch for patch in patches.PATCHES["litert"] if patch not in LENGTHENED],
+    [
+        patch
+        for patch in patches.PATCHES["litert"]
+        if patch not in (*LENGTHENED, *APART)
+    ],
     ids=lambda p: p.__name__,
 )
 def test_a_patch_is_needed_for_litert_and_mends(patch, tmp_path):
@@ -312,3 +356,121 @@ def test_a_plain_product_shortens_a_litert_file(tmp_path):
         for path in paths
     )
     assert short < long
+
+
+def _mended(patch, wanted=True):
+    return patch.patched() if wanted else contextlib.nullcontext()
+
+
+def _array(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+def _largest(x):
+    return np.abs(keras.ops.convert_to_numpy(x)).max()
+
+
+def _distance(found, wanted):
+    return _largest(found - wanted) / _largest(wanted)
+
+
+def _attentions_of_qwen():
+    """One layer twice, with a window of two tokens and without."""
+    from keras_hub.src.models.qwen.qwen_attention import QwenAttention
+
+    layers = [
+        QwenAttention(
+            num_query_heads=2,
+            num_key_value_heads=1,
+            use_sliding_window_attention=windowed,
+            sliding_window_size=2,
+        )
+        for windowed in (False, True)
+    ]
+    for layer in layers:
+        layer.build((None, None, 8))
+    layers[1].set_weights(layers[0].get_weights())
+    return layers
+
+
+def test_fused_attention_has_no_window_and_no_token_without_keys():
+    whole, windowed = _attentions_of_qwen()
+    x = _array(2, 6, 8)
+    causal = np.tril(np.ones((2, 6, 6), "bool"))
+    # As keras-hub computes elsewhere, and on TensorFlow when it is mended.
+    mended = keras.config.backend() == "tensorflow"
+    with _mended(fused_attention, mended):
+        wanted = whole(x, attention_mask=causal)
+        found = windowed(x, attention_mask=causal)
+        # A few float32 roundings of values of the same size.
+        assert _distance(found, wanted) <= 2.0**-20
+        assert _largest(whole(x, attention_mask=causal & False)) > 0
+    if mended:
+        found = windowed(x, attention_mask=causal)
+        assert _distance(found, wanted) > 1e-3
+        assert _largest(whole(x, attention_mask=causal & False)) == 0
+
+
+# It slices by a list where torch wants a tuple.
+@pytest.mark.filterwarnings("ignore")
+def test_keys_are_masked_as_on_torch():
+    from keras_hub.src.models.roformer_v2 import roformer_v2_attention
+
+    layer = roformer_v2_attention.RoformerAttention(heads=2, head_size=4)
+    x = _array(2, 6, 8)
+    layer.build(x.shape)
+    mask = np.arange(6) < [[6], [3]]
+    other = np.where(mask[..., None], x, 1 - x)
+    mended = keras.config.backend() != "torch"
+
+    def change():
+        """What padding does to the outputs of text."""
+        found, wanted = (
+            keras.ops.convert_to_numpy(layer(each, attention_mask=mask))[mask]
+            for each in (other, x)
+        )
+        return _distance(found, wanted)
+
+    with _mended(masked_keys, mended):
+        assert change() <= 2.0**-20
+    if mended:
+        assert change() > 1e-3
+
+
+def test_a_prompt_of_gemma3n_may_be_shorter_than_its_cache():
+    model = ZOO["Gemma3nCausalLM"].build()
+    backbone = model.backbone
+    heads, size = backbone.num_key_value_heads, backbone.head_dim
+    shape = (2, backbone.num_hidden_layers, 2, heads, 8, size)
+    tokens = np.array([[5, 9, 2], [7, 7, 1]], "int32")
+    inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+
+    def logits():
+        cache = keras.ops.zeros(shape)
+        return model.call_with_cache(tokens, cache, 0)[0]
+
+    with short_prompt.patched():
+        # Rounding of some tens of layers, one after the other.
+        assert _distance(logits(), model(inputs)) <= 2.0**-16
+    with pytest.raises(Exception, match="(?i)shape|size|broadcast"):
+        logits()
+
+
+def test_positions_come_back_as_they_were_stored(tmp_path):
+    def positions(model):
+        name = "interpolated_position_embeddings"
+        (found,) = (v for v in model.variables if v.path.endswith(name))
+        return found
+
+    model = ZOO["DepthAnythingBackbone"].build()
+    learned = _array(*positions(model).shape)
+    positions(model).assign(learned)
+    model.save(tmp_path / "model.keras")
+
+    def stored():
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        return keras.ops.convert_to_numpy(positions(loaded))
+
+    with stored_positions.patched():
+        assert np.array_equal(stored(), learned)
+    assert _distance(stored(), learned) > 1e-3

@@ -56,10 +56,6 @@ ESM = backbone(
     POSITIONS,
     **BLOCKS,
     embeddings=1,
-    unable={
-        "litert on torch": "masks keys on torch and queries elsewhere, and "
-        "LiteRT files are made on TensorFlow"
-    },
 )
 # Fourier transforms mix the tokens.
 F_NET = backbone(

@@ -1,0 +1,40 @@
+"""`ops.roll` as slices joined the other way round, as in Swin.
+
+LiteRT has no operator for it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Replaces `tf.roll`, which Keras calls."""
+    import tensorflow as tf
+
+    real = tf.roll
+    tf.roll = _roll
+    try:
+        yield
+    finally:
+        tf.roll = real
+
+
+def _roll(
+    input: Any,
+    shift: int | Sequence[int],
+    axis: int | Sequence[int],
+    name: str | None = None,
+) -> Any:
+    import keras
+    import tensorflow as tf
+
+    shifts, axes = keras.tree.flatten(shift), keras.tree.flatten(axis)
+    for count, along in zip(shifts, axes, strict=True):
+        size = tf.shape(input)[along]
+        back = tf.math.floormod(-count, size)
+        parts = tf.split(input, tf.stack([back, size - back]), axis=along)
+        input = tf.concat(parts[::-1], axis=along)
+    return input
