@@ -142,7 +142,9 @@ def _steps(spec: Any) -> list[normalizers.Normalizer]:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" {2,}"), " ")]
-        steps += [normalizers.Replace(Regex("^ | $"), "")]
+        # Not `^ | $`, which some engines match at every line.
+        ends = r"(?<![\s\S]) | (?![\s\S])"
+        steps += [normalizers.Replace(Regex(ends), "")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     steps.append(normalizers.Replace(" ", SPACE))
