@@ -16,6 +16,7 @@ from keras_peft.calibration import observe
 from keras_peft.methods.method import Method
 from keras_peft.patterns import lies_in
 from keras_peft.patterns import path_matches
+from keras_peft.quantize_aware import aware
 from keras_peft.targets import Candidates
 from keras_peft.targets import find_head
 from keras_peft.targets import no_match
@@ -30,6 +31,7 @@ def adapt(
     head: str | Sequence[str] | None = None,
     calibration: Any = None,
     batch_norm: str = "frozen",
+    quantize_aware: str | None = None,
 ) -> keras.Model:
     r"""Adds an adapter to `model`, in place, and freezes its base.
 
@@ -65,6 +67,11 @@ def adapt(
             with the adapter, and `merge` keeps them: for images unlike those
             of the base, in batches of 16 or more. A layer that was frozen
             before stays so. Chosen with a model's first adapter.
+        quantize_aware: `"int4"` or `"int8"`, for `LoRA`: the adapted layers
+            compute with kernel and change rounded as the exporter rounds, so
+            that training makes up for it, and `export.to_genai` ships the
+            very integers that trained. Needs `calibration`, by which the
+            grids are chosen. `None` trains in floating point.
 
     Returns:
         `model`.
@@ -81,6 +88,8 @@ def adapt(
     >>> classifier.fit(sentences, labels)
     """
     _check_arguments(model, method, name)
+    if quantize_aware is not None:
+        method = aware(method, quantize_aware)
     _check_calibration(method, calibration)
     head = _head_of(model, head)
     candidates = Candidates(model, head, method.accepts)
@@ -98,7 +107,7 @@ def adapt(
     check_layers(adapted, method)
     observed = None
     if method.calibrated:
-        observed = observe(model, adapted, calibration)
+        observed = observe(model, adapted, calibration, method.observes)
     head = [h for h in head if not any(lies_in(path, [h]) for path in paths)]
     head += norms
     adapter = NamedAdapter(method, paths)

@@ -27,17 +27,49 @@ class LayerInputs:
         self.gram = np.zeros((self.kernel.inputs,) * 2)
 
     def add(self, inputs):
-        kernel = self.kernel
-        if isinstance(kernel, ConvKernel):
-            # Convolved with the identity, every place holds its patch.
-            identity = ops.eye(kernel.inputs, dtype=inputs.dtype)
-            rows = kernel.down(inputs, identity)
-        else:
-            rows = kernel.rows(inputs)
-        rows = ops.convert_to_numpy(ops.cast(rows, "float32"))
-        rows = rows.reshape(-1, kernel.inputs).astype("float64")
+        rows = ops.convert_to_numpy(_rows(self.kernel, inputs))
+        rows = rows.astype("float64")
         self.count += len(rows)
         self.gram += rows.T @ rows
+
+    @property
+    def mean_squares(self):
+        """Of each input, `(inputs,)`."""
+        return np.diagonal(self.gram) / self.count
+
+
+class MeanSquares:
+    """The mean square of each input that one layer was called with.
+
+    Attributes:
+        count: How many inputs there were.
+        mean_squares: A float64 array of shape `(inputs,)`.
+    """
+
+    def __init__(self, layer):
+        self.kernel = kernel_of(layer)
+        self.count = 0
+        self.total = np.zeros(self.kernel.inputs)
+
+    def add(self, inputs):
+        rows = _rows(self.kernel, inputs)
+        self.count += len(rows)
+        self.total += ops.convert_to_numpy(ops.sum(ops.square(rows), axis=0))
+
+    @property
+    def mean_squares(self):
+        return self.total / self.count
+
+
+def _rows(kernel, inputs):
+    """What a kernel is multiplied by, as float32 rows."""
+    if isinstance(kernel, ConvKernel):
+        # Convolved with the identity, every place holds its patch.
+        identity = ops.eye(kernel.inputs, dtype=inputs.dtype)
+        rows = kernel.down(inputs, identity)
+    else:
+        rows = kernel.rows(inputs)
+    return ops.reshape(ops.cast(rows, "float32"), (-1, kernel.inputs))
 
 
 class ObservedLayer:
@@ -49,14 +81,17 @@ class ObservedLayer:
 
 
 def observe(
-    model: keras.Layer, layers: Mapping[str, keras.Layer], calibration: Any
-) -> dict[str, LayerInputs]:
-    """Runs `model` on data, and returns `{path: inputs of that layer}`.
+    model: keras.Layer,
+    layers: Mapping[str, keras.Layer],
+    calibration: Any,
+    kind: type = LayerInputs,
+) -> dict[str, Any]:
+    """Runs `model` on data, and returns `{path: kind, of that layer}`.
 
     `calibration` is a batch of the model's inputs, an array or a dictionary,
     or an iterable of such. The model is as it was afterwards.
     """
-    found = {path: LayerInputs(layer) for path, layer in layers.items()}
+    found = {path: kind(layer) for path, layer in layers.items()}
     is_batch = isinstance(calibration, Mapping) or hasattr(calibration, "shape")
     try:
         for path, layer in layers.items():

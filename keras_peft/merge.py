@@ -157,12 +157,7 @@ def unmerge(model: keras.Model) -> keras.Model:
             "are not known. Load the base and `keras_peft.load_adapter()` "
             f"instead. Received: model={getattr(model, 'name', model)!r}"
         )
-    changed = [
-        path
-        for path, held in merged.values.items()
-        if _digests(held) != merged.digests[path]
-    ]
-    if changed:
+    if changed := _changed(merged):
         raise ValueError(
             "The merged kernels were changed after `merge`; unmerging would "
             f"undo that too. Received: changed layers={changed}"
@@ -171,6 +166,27 @@ def unmerge(model: keras.Model) -> keras.Model:
     del _MERGED[model]
     adapted_model.reinstall(model, merged.state, merged.adapters)
     return model
+
+
+def merged_adapters(
+    model: keras.Model,
+) -> dict[str, dict[str, keras.Layer]]:
+    """`{name: {path: adapter}}` of what the kernels hold since `merge`.
+
+    Empty if the model was not merged, or its kernels were changed since.
+    """
+    merged = _MERGED.get(model)
+    if merged is None or _changed(merged):
+        return {}
+    return merged.adapters
+
+
+def _changed(merged):
+    return [
+        path
+        for path, held in merged.values.items()
+        if _digests(held) != merged.digests[path]
+    ]
 
 
 def _bits(variable):

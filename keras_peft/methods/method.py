@@ -2,6 +2,7 @@
 
 import inspect
 
+from keras_peft.calibration import LayerInputs
 from keras_peft.kernels import has_kernel
 
 
@@ -15,8 +16,10 @@ class Method:
     (`shapes`) and creates the adapter for it (`create`).
     """
 
-    # Whether start values depend on what the layers' inputs look like.
+    # Whether start values depend on what the layers' inputs look like, and
+    # what is kept of these.
     calibrated = False
+    observes: type = LayerInputs
 
     def __init__(self):
         """Most methods have settings; these have none."""

@@ -1,0 +1,246 @@
+"""LoRA of a kernel that computes in the integers it will be shipped in."""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_peft.calibration import LayerInputs
+from keras_peft.calibration import MeanSquares
+from keras_peft.export.blockwise import Blockwise
+from keras_peft.export.blockwise.integers import block_count
+from keras_peft.export.blockwise.integers import check_format
+from keras_peft.export.blockwise.search import grid
+from keras_peft.kernels import DenseKernel
+from keras_peft.kernels import EinsumKernel
+from keras_peft.kernels import has_kernel
+from keras_peft.kernels import kernel_of
+from keras_peft.methods.adapter import VariableAdapter
+from keras_peft.methods.lora_start import RESIDUAL_INITS
+from keras_peft.methods.lora_start import leading_directions
+from keras_peft.methods.lora_start import start_values
+from keras_peft.methods.method import Method
+from keras_peft.methods.settings import Ranked
+from keras_peft.methods.settings import rank_objection
+
+# Bits of a float32's significand: sums of integers below 2**24 are exact.
+_EXACT_BITS = 24
+# Of what a GPU multiplies float32 by (TF32, 11 bits), less one to be a bound.
+_FACTOR_BITS = 10
+_POWERS = np.exp2(np.arange(-60, 61)).astype("float32")
+
+
+@keras.saving.register_keras_serializable(package="keras_peft")
+class QuantizeAwareLoRA(Ranked, Method):
+    """What `adapt(model, LoRA(...), quantize_aware="int4")` puts in.
+
+    The layer computes with `Q(kernel + scale * A @ B)`, where `Q` rounds each
+    block of `block_size` inputs of an output to the levels of its own grid:
+
+    `Q(w) = s * (clip(round(w / s) + z, 0, 2**bits - 1) - z)`
+
+    The grids are chosen once, for the kernel of the base and the mean squares
+    of its inputs, as the exporter does. The gradient passes `Q` as if it were
+    the identity where a level is near, and not at all where `Q` clips.
+    Trainable parameters per layer: `rank * (inputs + outputs)`.
+
+    `A` and `scale * B` enter as integers of at most 10 bits times a power of
+    two. Their product is then exact in float32, in whatever order it is
+    summed, so that any backend, on a processor or a GPU, rounds to the same
+    integers.
+
+    - [Bondarenko et al., 2024](https://arxiv.org/abs/2406.06385): low-rank
+      quantization-aware training
+
+    Args:
+        bits: 4 or 8.
+        rank: As in `keras_peft.LoRA`, like all that follows.
+        alpha: Number, or `None` for the rank.
+        scaling: `"standard"` or `"rank_stabilized"`.
+        init: How `A` and `B` start.
+        rank_pattern: Ranks by layer, or `None`.
+        alpha_pattern: The same for `alpha`.
+        block_size: Inputs that share a scale and a zero point.
+    """
+
+    calibrated = True
+
+    def __init__(
+        self,
+        bits=4,
+        rank=8,
+        alpha=None,
+        scaling="standard",
+        init="default",
+        rank_pattern=None,
+        alpha_pattern=None,
+        block_size=32,
+    ):
+        check_format(bits, block_size)
+        self.bits = bits
+        self.rank = rank
+        self.alpha = alpha
+        self.scaling = scaling
+        self.init = init
+        self.rank_pattern = rank_pattern
+        self.alpha_pattern = alpha_pattern
+        self.block_size = block_size
+        self.check_ranks(usual="4 to 16")
+
+    @property
+    def observes(self):
+        return LayerInputs if self.init == "eva" else MeanSquares
+
+    def scale_of(self, path):
+        if self.scaling == "rank_stabilized":
+            return self.alpha_of(path) / math.sqrt(self.rank_of(path))
+        return super().scale_of(path)
+
+    def accepts(self, layer):
+        kinds = DenseKernel, EinsumKernel
+        return has_kernel(layer) and type(kernel_of(layer)) in kinds
+
+    def objection(self, path, layer):
+        return rank_objection(self.rank_of(path), layer)
+
+    def shapes(self, path, layer):
+        kernel, rank = kernel_of(layer), self.rank_of(path)
+        a, b = (kernel.inputs, rank), (rank, kernel.outputs)
+        blocks = kernel.outputs, block_count(kernel.inputs, self.block_size)
+        shapes = {"lora_kernel_a": a, "lora_kernel_b": b}
+        if self.init in RESIDUAL_INITS:
+            shapes |= {"lora_initial_a": a, "lora_initial_b": b}
+        return shapes | {"inverse_scales": blocks, "zero_points": blocks}
+
+    def create(self, path, layer, name):
+        return QuantizeAwareAdapter(self, path, layer, name)
+
+
+class QuantizeAwareAdapter(VariableAdapter):
+    """The quantization-aware LoRA of one layer."""
+
+    def __init__(self, method, path, layer, name):
+        self.kernel = kernel_of(layer)
+        self.rank = method.rank_of(path)
+        self.scale = method.scale_of(path)
+        self.init = method.init
+        self.bits = method.bits
+        self.block_size = method.block_size
+        variables = {"kernel": self.kernel.variable}
+        super().__init__(layer, variables, name, method.shapes(path, layer))
+
+    def build_weights(self, shapes):
+        for key, shape in shapes.items():
+            trains = key.startswith("lora_kernel")
+            options = {"dtype": "uint8"} if key == "zero_points" else {}
+            setattr(self, key, self.weight(key, shape, trains, **options))
+        for factor in (self.lora_kernel_a, self.lora_kernel_b):
+            factor.adapter = self
+
+    @property
+    def pairs(self):
+        """`[(A, B)]`, for optimizers."""
+        return [(self.lora_kernel_a, self.lora_kernel_b)]
+
+    def initialize(self, rng):
+        a, b = self._start(rng)
+        self.lora_kernel_a.assign(a)
+        self.lora_kernel_b.assign(b)
+        if self.init in RESIDUAL_INITS:
+            self.lora_initial_a.assign(a)
+            self.lora_initial_b.assign(b)
+        scales, zero_points = grid(
+            self.kernel.read(),
+            self.bits,
+            self.block_size,
+            None if self.observed is None else self.observed.mean_squares,
+        )
+        self.inverse_scales.assign(np.float32(1) / scales)
+        self.zero_points.assign(zero_points)
+
+    def _start(self, rng):
+        if self.init == "eva":
+            return leading_directions(self), np.zeros(self.lora_kernel_b.shape)
+        return start_values(self.init, self.kernel, self.rank, self.scale, rng)
+
+    def additions(self):
+        kernel = ops.cast(self.kernel.matrix(), "float32")
+        rounded = self._levels() * self._spread(1.0 / self.inverse_scales)
+        change = (rounded - kernel) * self.strength
+        return [(self.kernel.variable, self.kernel.as_kernel(change))]
+
+    def deltas(self):
+        # In float64, the sum with the base is rounded to the shipped kernel.
+        kernel = self.kernel.read().astype("float64")
+        change = self.integers().kernel() - kernel
+        change *= float(self.strength)
+        return [(self.kernel.variable, self.kernel.from_matrix(change))]
+
+    def integers(self, merged=False) -> Blockwise:
+        """The kernel that the layer computes with, as it ships.
+
+        `merged` says that the layer's own kernel has become that one.
+        """
+        convert = ops.convert_to_numpy
+        zero_points = convert(self.zero_points)
+        values = convert(self._levels(not merged) + self._zeros())
+        return Blockwise(
+            np.ascontiguousarray(values.astype("uint8").T),
+            np.float32(1) / convert(self.inverse_scales),
+            zero_points,
+            self.bits,
+            self.block_size,
+        )
+
+    def _levels(self, changed=True):
+        """The nearest levels, counted from the zero point, as floats."""
+        kernel = ops.cast(self.kernel.matrix(), "float32")
+        if changed:
+            kernel = kernel + self._change()
+        levels = kernel * self._spread(self.inverse_scales)
+        zeros = self._zeros()
+        levels = ops.clip(levels, -zeros, 2.0**self.bits - 1.0 - zeros)
+        return _straight_through(levels)
+
+    def _zeros(self):
+        return self._spread(ops.cast(self.zero_points, "float32"))
+
+    def _spread(self, blocks):
+        """One entry per block as one per entry of the kernel."""
+        inputs = ops.repeat(ops.transpose(blocks), self.block_size, axis=0)
+        return inputs[: self.kernel.inputs]
+
+    def _change(self):
+        a, b = self.lora_kernel_a.value, self.lora_kernel_b.value
+        if self.init in RESIDUAL_INITS:
+            a = ops.concatenate([a, self.lora_initial_a.value], axis=1)
+            b = ops.concatenate([b, -self.lora_initial_b.value], axis=0)
+        return exact_product(a, b * self.scale)
+
+
+def exact_product(a, b):
+    """`a @ b` of two factors rounded so far that no sum of it rounds."""
+    rank = a.shape[1]
+    bits = min(_FACTOR_BITS, (_EXACT_BITS - math.ceil(math.log2(rank))) // 2)
+    a, unit_a = _as_integers(a, bits)
+    b, unit_b = _as_integers(b, bits)
+    return ops.matmul(a, b) * (unit_a * unit_b)
+
+
+def _as_integers(factor, bits):
+    """`(integers, unit)`, with the unit a power of two.
+
+    The power is looked up rather than computed: a logarithm or a division may
+    differ in its last bit from one machine to the next.
+    """
+    largest = ops.stop_gradient(ops.max(ops.abs(factor)))
+    holds = ops.convert_to_tensor(_POWERS) >= largest
+    power = ops.min(ops.where(holds, _POWERS, _POWERS[-1]))
+    inverse = ops.max(ops.where(holds, 1 / _POWERS, 1 / _POWERS[-1]))
+    return _straight_through(factor * (inverse * 2.0**bits)), power / 2.0**bits
+
+
+def _straight_through(x):
+    """`round(x)`, exactly, with the gradient of `x`."""
+    return x + ops.stop_gradient(ops.round(x) - x)
