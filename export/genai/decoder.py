@@ -122,16 +122,12 @@ class FeedForward:
         down: `[inner, hidden]`.
         gate: Like `up`, or `None`.
         activation: A key of `blocks.ACTIVATIONS`.
-        limit: Where `gate(x)` is cut off above, and `up(x)` at both ends.
-        offset: Added to `up(x)` before `activation(gate(x))` multiplies it.
     """
 
     up: Linear
     down: Linear
     gate: Linear | None = None
     activation: str = "gelu"
-    limit: float | None = None
-    offset: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,11 +136,15 @@ class Experts:
 
     Attributes:
         router: `[hidden, experts]`.
-        experts: The feed-forward layers, all with a gate.
+        experts: The feed-forward layers, all with a gate; their activation
+            is a key of `experts.ALPHAS`.
         per_token: How many serve each token.
         normalized: Whether the weights of the chosen sum to 1.
         shared: One that serves every token besides.
         shared_gate: `[hidden, 1]`, whose sigmoid `shared` is multiplied with.
+        limit: Where an expert's `gate(x)` is cut off above, and its `up(x)`
+            at both ends.
+        offset: Added to `up(x)` before `activation(gate(x))` multiplies it.
     """
 
     router: Linear
@@ -153,6 +153,8 @@ class Experts:
     normalized: bool = True
     shared: FeedForward | None = None
     shared_gate: Linear | None = None
+    limit: float | None = None
+    offset: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

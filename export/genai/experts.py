@@ -1,5 +1,6 @@
 """Mixtures of experts as operators of ONNX Runtime."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from keras_peft.export.genai.linear import linear
 from keras_peft.export.genai.writer import Writer
 
 # The operators' one activation with a gate is `x * sigmoid(alpha * x)`.
-_ALPHAS = {"silu": 1.0, "quick_gelu": 1.702}
+ALPHAS = {"silu": 1.0, "quick_gelu": 1.702}
 
 # Of each expert, the layers that share their inputs: their outputs alternate.
 Bank = Sequence[tuple[Linear, ...]]
@@ -28,31 +29,46 @@ def chosen_experts(writer: Writer, layer: Experts, x: ir.Value) -> ir.Value:
 
     Only those that a token chose are computed.
     """
-    into = [(expert.gate, expert.up) for expert in layer.experts]
+    into = [(expert.gate, expert.up) for expert in layer.experts if expert.gate]
     out = [(expert.down,) for expert in layer.experts]
     stored = _storage(writer, [part for each in into + out for part in each])
     path = layer.experts[0].down.path
     banks = ((f"{path}.in", into), (f"{path}.out", out))
     scores = linear(writer, x, layer.router)
-    scores = writer.reshape(scores, -1, len(layer.experts))
-    if not isinstance(stored, Blockwise):
+    rows = writer.reshape(scores, -1, len(layer.experts))
+    if isinstance(stored, Blockwise):
+        (b1, s1, z1, c1), (b2, s2, z2, c2) = (
+            _integers(writer, *bank) for bank in banks
+        )
+        third = (None, None, None)
+        found = writer.fused(
+            "QMoE",
+            *(x, rows, b1, s1, c1, b2, s2, c2, *third, z1, z2),
+            expert_weight_bits=stored.bits,
+            block_size=stored.block_size,
+            accuracy_level=INT8_INPUTS,
+            **_attributes(layer),
+        )
+    else:
         tensors = [t for bank in banks for t in _floats(writer, *bank)]
-        return writer.fused("MoE", x, scores, *tensors, **_attributes(layer))
-    (b1, s1, z1, c1), (b2, s2, z2, c2) = (_integers(writer, *b) for b in banks)
-    # Without shares of their own, those of the chosen sum to 1.
-    shares = None if layer.normalized else writer.op("Softmax", scores, axis=-1)
-    third = (None, None, None)
-    tensors = (b1, s1, c1, b2, s2, c2, *third, z1, z2, None, shares)
-    return writer.fused(
-        "QMoE",
-        x,
-        scores,
-        *tensors,
-        expert_weight_bits=stored.bits,
-        block_size=stored.block_size,
-        accuracy_level=INT8_INPUTS,
-        **_attributes(layer),
-    )
+        found = writer.fused("MoE", x, rows, *tensors, **_attributes(layer))
+    return found if layer.normalized else _scaled(writer, layer, found, scores)
+
+
+def _scaled(
+    writer: Writer, layer: Experts, outputs: ir.Value, scores: ir.Value
+) -> ir.Value:
+    """Outputs by the share of all experts that the chosen ones have.
+
+    The operators are always told to let the shares of the chosen sum to 1.
+    Without, the `MoE` of ONNX Runtime 1.31 gives zeros where its outputs
+    take the place of its inputs.
+    """
+    shares = writer.op("Softmax", scores, axis=-1)
+    count = writer.integers(layer.per_token)
+    shares, _ = writer.op("TopK", shares, count, outputs=2, axis=-1)
+    total = writer.op("ReduceSum", shares, writer.integers(-1), keepdims=1)
+    return writer.op("Mul", outputs, total)
 
 
 def _storage(writer: Writer, parts: Sequence[Linear]) -> Any:
@@ -77,17 +93,16 @@ def _storage(writer: Writer, parts: Sequence[Linear]) -> Any:
 
 def _attributes(layer: Experts) -> dict[str, Any]:
     """How an expert computes: all of them alike."""
-    expert = layer.experts[0]
     found = {
         "k": layer.per_token,
-        "normalize_routing_weights": int(layer.normalized),
+        "normalize_routing_weights": 1,
         "activation_type": "swiglu",
         "swiglu_fusion": 1,  # Outputs of gate and up alternate.
-        "activation_alpha": _ALPHAS[expert.activation],
-        "activation_beta": float(expert.offset),
+        "activation_alpha": ALPHAS[layer.experts[0].activation],
+        "activation_beta": float(layer.offset),
     }
-    if expert.limit is not None:
-        found["swiglu_limit"] = float(expert.limit)
+    if layer.limit is not None:
+        found["swiglu_limit"] = float(layer.limit)
     return found
 
 
@@ -125,19 +140,21 @@ def _integers(
 
 def _blocks(writer: Writer, layers: tuple[Linear, ...]) -> Blockwise:
     stored = [writer.stored(layer.key) for layer in layers]
-    arrays = (
-        _mixed([getattr(each, name) for each in stored])
+    arrays = {
+        name: _mixed([getattr(each, name) for each in stored])
         for name in ("values", "scales", "zero_points")
-    )
-    return Blockwise(*arrays, stored[0].bits, stored[0].block_size)
+    }
+    return dataclasses.replace(stored[0], **arrays)
 
 
 def _biases(writer: Writer, name: str, bank: Bank) -> ir.Value | None:
-    """Those of a bank whose layers all have one."""
-    if bank[0][0].bias is None:
-        return None
-    biases = [_mixed([part.bias for part in each]) for each in bank]
-    return writer.constant(f"{name}.bias", np.stack(biases))
+    """Those of a bank: all of its layers have one, or none."""
+    biases = [
+        _mixed([part.bias for part in each if part.bias is not None])
+        for each in bank
+        if each[0].bias is not None
+    ]
+    return writer.constant(f"{name}.bias", np.stack(biases)) if biases else None
 
 
 def _mixed(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -95,4 +95,4 @@ def _entry(writer: Writer, shape: ir.Value, axis: int) -> ir.Value:
 
 
 def _scalar(writer: Writer, value: int) -> ir.Value:
-    return writer.constant(f"integer.{value}", np.int64(value))
+    return writer.constant(f"integer.{value}", np.array(value, "int64"))

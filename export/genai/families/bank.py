@@ -6,7 +6,6 @@ import numpy as np
 from keras_peft.export.genai.decoder import FeedForward
 from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.reader import Reader
-from keras_peft.kernels import read
 
 
 def feed_forwards(
@@ -15,8 +14,8 @@ def feed_forwards(
     gate: np.ndarray,
     up: np.ndarray,
     down: np.ndarray,
+    activation: str,
     biases: tuple[np.ndarray, ...] | None = None,
-    **rest: float | str,
 ) -> tuple[FeedForward, ...]:
     """The experts of a bank.
 
@@ -26,19 +25,24 @@ def feed_forwards(
         gate: `[experts, hidden, inner]`.
         up: Likewise.
         down: `[experts, inner, hidden]`.
+        activation: A key of `experts.ALPHAS`.
         biases: Those of the three, `[experts, outputs]`.
-        **rest: What all experts are besides.
     """
     path = reader.path(layer)
     kernels = {"gate": gate, "up": up, "down": down}
-    added = dict(zip(kernels, biases or (None, None, None), strict=True))
+    added = dict(zip(kernels, biases, strict=True)) if biases else {}
 
     def linear(index: int, name: str) -> Linear:
-        bias = None if added[name] is None else added[name][index]
+        bias = added[name][index] if added else None
         kernel = kernels[name][index]
         return Linear(path, kernel, bias, part=f"{index}.{name}")
 
     return tuple(
-        FeedForward(**{name: linear(n, name) for name in kernels}, **rest)
-        for n in range(len(gate))
+        FeedForward(
+            gate=linear(index, "gate"),
+            up=linear(index, "up"),
+            down=linear(index, "down"),
+            activation=activation,
+        )
+        for index in range(len(gate))
     )

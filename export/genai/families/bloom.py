@@ -1,6 +1,7 @@
 """Bloom: no positions but ALiBi's, and a norm after the table."""
 
 import keras
+import numpy as np
 
 from keras_peft.export.genai.decoder import Attention
 from keras_peft.export.genai.decoder import Block
@@ -8,7 +9,6 @@ from keras_peft.export.genai.decoder import Decoder
 from keras_peft.export.genai.decoder import FeedForward
 from keras_peft.export.genai.families.grouped import attention
 from keras_peft.export.genai.reader import Reader
-import numpy as np
 
 
 def describe(backbone: keras.Model, reader: Reader) -> Decoder:
@@ -19,7 +19,6 @@ def describe(backbone: keras.Model, reader: Reader) -> Decoder:
         embedding_norm=reader.norm(backbone.embeddings_layer_norm),
         blocks=tuple(block(la, reader) for la in backbone.transformer_layers),
         norm=reader.norm(backbone.layer_norm),
-        context_length=2048,
     )
 
 

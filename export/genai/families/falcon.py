@@ -19,7 +19,6 @@ def describe(backbone: keras.Model, reader: Reader) -> Decoder:
         head=reader.head(backbone.token_embedding),
         blocks=tuple(block(la, reader) for la in backbone.transformer_layers),
         norm=reader.norm(backbone.final_layernorm),
-        context_length=2048,
     )
 
 

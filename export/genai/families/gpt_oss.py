@@ -6,6 +6,7 @@ from keras_peft.export.genai.decoder import Attention
 from keras_peft.export.genai.decoder import Block
 from keras_peft.export.genai.decoder import Decoder
 from keras_peft.export.genai.decoder import Experts
+from keras_peft.export.genai.families import llama
 from keras_peft.export.genai.families.bank import feed_forwards
 from keras_peft.export.genai.families.grouped import attention
 from keras_peft.export.genai.families.rotary import rotary
@@ -18,11 +19,10 @@ def describe(backbone: keras.Model, reader: Reader) -> Decoder:
     layers = backbone.transformer_layers
     turned = layers[0].self_attention_layer.rotary_embedding_layer
     length = turned.original_max_position_embeddings * turned.scaling_factor
-    return Decoder(
-        table=reader.table(backbone.token_embedding),
-        head=reader.head(backbone.token_embedding),
-        blocks=tuple(block(layer, reader) for layer in layers),
-        norm=reader.rms_norm(backbone.layer_norm),
+    return llama.decoder(
+        backbone,
+        reader,
+        [block(layer, reader) for layer in layers],
         context_length=int(length),
         genai_type="gptoss",
     )
@@ -65,8 +65,8 @@ def _experts(layer: keras.Layer, reader: Reader) -> Experts:
             down=read(bank.down_proj),
             biases=(bias[:, ::2], bias[:, 1::2], read(bank.down_proj_bias)),
             activation="quick_gelu",
-            limit=bank.limit,
-            offset=1.0,
         ),
         per_token=layer.top_k,
+        limit=bank.limit,
+        offset=1.0,
     )

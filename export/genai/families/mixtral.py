@@ -5,6 +5,7 @@ import keras
 from keras_peft.export.genai.decoder import Block
 from keras_peft.export.genai.decoder import Decoder
 from keras_peft.export.genai.decoder import Experts
+from keras_peft.export.genai.families import llama
 from keras_peft.export.genai.families.bank import feed_forwards
 from keras_peft.export.genai.families.grouped import attention
 from keras_peft.export.genai.families.rotary import rotary
@@ -15,13 +16,8 @@ from keras_peft.kernels import read
 
 def describe(backbone: keras.Model, reader: Reader) -> Decoder:
     """See `families.describe`."""
-    return Decoder(
-        table=reader.table(backbone.token_embedding),
-        head=reader.head(backbone.token_embedding),
-        blocks=tuple(block(la, reader) for la in backbone.transformer_layers),
-        norm=reader.rms_norm(backbone.layer_norm),
-        context_length=32768,
-    )
+    blocks = [block(layer, reader) for layer in backbone.transformer_layers]
+    return llama.decoder(backbone, reader, blocks)
 
 
 def block(layer: keras.Layer, reader: Reader) -> Block:

@@ -7,6 +7,7 @@ from keras_peft.export.genai.decoder import Block
 from keras_peft.export.genai.decoder import Decoder
 from keras_peft.export.genai.decoder import FeedForward
 from keras_peft.export.genai.decoder import Rotary
+from keras_peft.export.genai.families import llama
 from keras_peft.export.genai.families.grouped import attention
 from keras_peft.export.genai.families.rotary import rotary
 from keras_peft.export.genai.reader import Reader
@@ -15,11 +16,11 @@ from keras_peft.export.genai.reader import activation_name
 
 def describe(backbone: keras.Model, reader: Reader) -> Decoder:
     """See `families.describe`."""
-    return Decoder(
-        table=reader.table(backbone.token_embedding),
-        head=reader.head(backbone.token_embedding),
-        blocks=tuple(block(la, reader) for la in backbone.transformer_layers),
-        norm=reader.rms_norm(backbone.layer_norm),
+    blocks = [block(layer, reader) for layer in backbone.transformer_layers]
+    return llama.decoder(
+        backbone,
+        reader,
+        blocks,
         context_length=backbone.max_sequence_length,
         # By this onnxruntime-genai knows to read a text once more, when it
         # becomes one of more than 4096 tokens.

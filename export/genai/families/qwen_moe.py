@@ -1,5 +1,7 @@
 """Qwen with experts, and one more that serves every token."""
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -7,6 +9,7 @@ from keras_peft.export.genai.decoder import Block
 from keras_peft.export.genai.decoder import Decoder
 from keras_peft.export.genai.decoder import Experts
 from keras_peft.export.genai.decoder import FeedForward
+from keras_peft.export.genai.families import llama
 from keras_peft.export.genai.families.bank import feed_forwards
 from keras_peft.export.genai.families.grouped import attention
 from keras_peft.export.genai.families.rotary import rotary
@@ -17,13 +20,8 @@ from keras_peft.kernels import read
 
 def describe(backbone: keras.Model, reader: Reader) -> Decoder:
     """See `families.describe`."""
-    return Decoder(
-        table=reader.table(backbone.token_embedding),
-        head=reader.head(backbone.token_embedding),
-        blocks=tuple(block(la, reader) for la in backbone.transformer_layers),
-        norm=reader.rms_norm(backbone.layer_norm),
-        context_length=8192,
-    )
+    blocks = [block(layer, reader) for layer in backbone.transformer_layers]
+    return llama.decoder(backbone, reader, blocks)
 
 
 def block(layer: keras.Layer, reader: Reader) -> Block:
@@ -54,7 +52,7 @@ def feed_forward(layer: keras.Layer, reader: Reader) -> FeedForward | Experts:
         return _gated(layer, reader)
     bank = layer.expert_bank
     gate, up = np.split(read(bank._expert_feedforward_gate_dense), 2, axis=-1)
-    shared = {}
+    shared: dict[str, Any] = {}
     if hasattr(layer, "shared_expert_dense"):
         shared = {
             "shared": _gated(layer.shared_expert_dense, reader),

@@ -98,6 +98,28 @@ def phi3():
     return _other("Phi3", max_sequence_length=96, **GROUPED)
 
 
+def phi3_long():
+    """Made for more tokens than it was first trained on."""
+    return _phi3_long(128)
+
+
+def _phi3_long(after):
+    return _other(
+        "Phi3",
+        max_sequence_length=4 * after,
+        pretraining_sequence_length=after,
+        rope_scaling_type="su",
+        rope_scaling_short_factor=[1.0 + 0.1 * i for i in range(8)],
+        rope_scaling_long_factor=[2.0 + i for i in range(8)],
+        **GROUPED,
+    )
+
+
+def phi3_switching():
+    """The same, of which the texts of tests are long ones."""
+    return _phi3_long(16)
+
+
 def mixtral():
     return _other("Mixtral", sliding_window=9, **EXPERTS)
 
@@ -215,6 +237,7 @@ FAMILIES = {
     "mixtral": mixtral,
     "opt": opt,
     "phi3": phi3,
+    "phi3_long": phi3_long,
     "qwen": qwen,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
@@ -225,7 +248,11 @@ FAMILIES = {
 
 def build(name, seed=0):
     """The model of a row, every weight moved: no bias is zero, no norm one."""
-    model = FAMILIES[name]()
+    return moved(FAMILIES[name](), seed)
+
+
+def moved(model, seed=0):
+    """The model, each of its weights somewhere else."""
     rng = np.random.default_rng(seed)
     for variable in model.trainable_variables:
         noise = rng.normal(0.0, 0.1, variable.shape).astype("float32")
