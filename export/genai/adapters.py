@@ -15,6 +15,7 @@ from keras_peft import adapter_io
 from keras_peft import adapter_state
 from keras_peft.adapt import remove
 from keras_peft.convert import to_lora
+from keras_peft.export.genai import virtual
 from keras_peft.export.genai.decoder import Decoder
 from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.decoder import Table
@@ -144,23 +145,35 @@ def _numpy(value: object) -> np.ndarray:
 # -- Packing -----------------------------------------------------------------
 
 
-def low_rank_parameters(
-    decoder: Decoder,
-    layers: Mapping[str, Sequence[str]],
-    changes: Mapping[str, Factors],
+def parameters(
+    decoder: Decoder, layers: Mapping[str, Sequence[str]], change: Change
 ) -> dict[str, np.ndarray]:
-    """Changes of kernels as inputs of the graph.
-
-    Layers that the graph computes as one get one `A`, side by side, and one
-    `B`, block by block; what reads the same `A` shares it.
+    """A change as inputs of the graph.
 
     Args:
         decoder: What the graph was built of.
         layers: The layers at each place, by their keys.
-        changes: `{path: (A, B)}`.
+        change: What an adapter does.
 
     Raises:
-        ValueError: If a layer has no place.
+        ValueError: If the graph has no place for it.
+    """
+    if change.prompt is not None:
+        return virtual.prompt_parameters(change.prompt)
+    if change.prefix is not None:
+        return virtual.prefix_parameters(decoder, change.prefix)
+    return _low_rank(decoder, layers, change.low_rank)
+
+
+def _low_rank(
+    decoder: Decoder,
+    layers: Mapping[str, Sequence[str]],
+    changes: Mapping[str, Factors],
+) -> dict[str, np.ndarray]:
+    """Changes of kernels.
+
+    Layers that the graph computes as one get one `A`, side by side, and one
+    `B`, block by block; what reads the same `A` shares it.
     """
     linear = {part.key: part for part in parts(decoder, Linear)}
     tables = {part.path for part in parts(decoder, Table)}

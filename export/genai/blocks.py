@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from keras_peft.export.genai import virtual
 from keras_peft.export.genai.decoder import Attention
 from keras_peft.export.genai.decoder import Block
 from keras_peft.export.genai.decoder import Experts
@@ -34,12 +35,14 @@ class Step:
         total: Tokens so far.
         bias: `[batch, 1, tokens, total]`, added to the scores.
         context_length: Positions that a rotary table needs.
+        positions: Of each token, where an adapter may have a prefix.
     """
 
     lengths: ir.Value
     total: ir.Value
     bias: ir.Value
     context_length: int
+    positions: ir.Value | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +122,7 @@ def attention(
     past: tuple[ir.Value, ir.Value],
 ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
     """`(outputs, (keys, values) so far)`."""
-    query, key, value = _projections(writer, layer, x)
+    query, key, value = _projections(writer, layer, x, step)
     cos, sin, rows, bias = None, None, None, step.bias
     if layer.rotary is not None:
         cos, sin = rotary_tables(writer, layer.rotary, step.context_length)
@@ -156,11 +159,12 @@ def attention(
 
 
 def _projections(
-    writer: Writer, layer: Attention, x: ir.Value
+    writer: Writer, layer: Attention, x: ir.Value, step: Step
 ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
     """`(query, key, value)`, or all in one where nothing is between."""
     packed = linear(writer, x, layer.query, layer.key, layer.value)
-    if layer.query_norm is None and layer.key_norm is None:
+    plain = layer.query_norm is None and layer.key_norm is None
+    if plain and step.positions is None:
         return packed, None, None
     sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
     sizes = [size * layer.head_size for size in sizes]
@@ -168,7 +172,10 @@ def _projections(
         "Split", packed, writer.integers(*sizes), outputs=3, axis=-1
     )
     query = _head_norm(writer, layer, query, layer.query_norm)
-    return query, _head_norm(writer, layer, key, layer.key_norm), value
+    key = _head_norm(writer, layer, key, layer.key_norm)
+    if step.positions is None:
+        return query, key, value
+    return query, *virtual.prefixed(writer, layer, step.positions, key, value)
 
 
 def _head_norm(

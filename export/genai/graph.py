@@ -1,11 +1,13 @@
 """From the description of a decoder to an ONNX model."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from keras_peft.export.genai import blocks
+from keras_peft.export.genai import virtual
 from keras_peft.export.genai.decoder import Attention
 from keras_peft.export.genai.decoder import Decoder
 from keras_peft.export.genai.linear import logits
@@ -51,6 +53,9 @@ def build(
         for n, b in enumerate(decoder.blocks)
     ]
     step = _step(writer, ids, mask, context_length)
+    if writer.slots.prefixes:
+        where = _positions(writer, ids, mask)
+        step = dataclasses.replace(step, positions=where)
     stream = _embed(writer, decoder, ids, mask)
     presents = []
     for n, layer in enumerate(decoder.blocks):
@@ -166,6 +171,9 @@ def _embed(
     writer: Writer, decoder: Decoder, ids: ir.Value, mask: ir.Value
 ) -> blocks.Stream:
     x = rows(writer, decoder.table, ids)
+    if writer.slots.prompts:
+        where = _positions(writer, ids, mask)
+        x = virtual.prompted(writer, where, x, decoder.hidden_size)
     if decoder.embedding_scale != 1.0:
         x = writer.op("Mul", x, writer.number(decoder.embedding_scale))
     stream = blocks.Stream(x)
@@ -185,10 +193,14 @@ def _head(writer: Writer, decoder: Decoder, x: ir.Value) -> ir.Value:
 
 def _positions(writer: Writer, ids: ir.Value, mask: ir.Value) -> ir.Value:
     """How many tokens of text stand before each of the new ones."""
-    count = writer.op("CumSum", mask, writer.integers(1))
-    before = writer.op("Sub", count, writer.integers(1))
-    before = writer.op("Max", before, writer.integers(0))
-    tokens = writer.op("Gather", writer.op("Shape", ids), writer.integers(1))
-    start = writer.op("Neg", tokens)
-    end = writer.integers(np.iinfo("int64").max)
-    return writer.op("Slice", before, start, end, writer.integers(1))
+
+    def make() -> ir.Value:
+        count = writer.op("CumSum", mask, writer.integers(1))
+        before = writer.op("Sub", count, writer.integers(1))
+        before = writer.op("Max", before, writer.integers(0))
+        shape = writer.op("Shape", ids)
+        start = writer.op("Neg", writer.op("Gather", shape, writer.integers(1)))
+        end = writer.integers(np.iinfo("int64").max)
+        return writer.op("Slice", before, start, end, writer.integers(1))
+
+    return writer.shared("positions", make)

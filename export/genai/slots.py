@@ -34,13 +34,12 @@ class Slots:
     Attributes:
         low_rank: Whether linear layers have a place for a change of their
             kernels.
-        tokens: The most virtual tokens that an adapter puts before a text.
-            Their ids follow those of the vocabulary.
-        prefixes: Whether those have keys and values of their own.
+        prompts: Whether the first tokens may be embedded as an adapter says.
+        prefixes: Whether their keys and values may be an adapter's.
     """
 
     low_rank: bool = False
-    tokens: int = 0
+    prompts: bool = False
     prefixes: bool = False
 
 

@@ -1,6 +1,5 @@
 """Adapters over one exported base, from files that the runtimes switch."""
 
-import json
 
 import keras
 import numpy as np
@@ -12,27 +11,22 @@ import keras_peft
 from keras_peft.export.blockwise import quantize
 from keras_peft.export.genai import adapter_file
 from keras_peft.export.genai import adapters
-from keras_peft.export.genai import config
 from keras_peft.export.genai import families
-from keras_peft.export.genai import graph
-from keras_peft.export.genai.adapter_file import WithAdapter
 from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.decoder import parts
-from keras_peft.export.genai.slots import BASE
-from keras_peft.export.genai.slots import LAYERS
 from keras_peft.export.genai.slots import Slots
+from tests.export.genai.adapted import IDS
+from tests.export.genai.adapted import PLACES
+from tests.export.genai.adapted import Exported
+from tests.export.genai.adapted import close
+from tests.export.genai.adapted import trained
 from tests.export.genai.families import FAMILIES
-from tests.export.genai.families import VOCABULARY
 from tests.export.genai.families import build
 from tests.export.genai.families import logits
 
-# Some hundred float32 products summed in another order, in a few layers, each
-# off by 2**-24, relative to the largest logit.
-TOLERANCE = 2e-5
-IDS = np.random.default_rng(7).integers(1, VOCABULARY, (2, 11))
-PLACES = Slots(low_rank=True)
+LORA = keras_peft.LoRA(rank=3, alpha=5)
 METHODS = {
-    "lora": keras_peft.LoRA(rank=3, alpha=5),
+    "lora": LORA,
     "ranks": keras_peft.LoRA(rank=2, rank_pattern={"_query_dense": 5}),
     "stable": keras_peft.LoRA(rank=4, scaling="rank_stabilized"),
     "pissa": keras_peft.LoRA(rank=2, init="pissa"),
@@ -53,51 +47,6 @@ def quiet():
     onnxruntime.set_default_logger_severity(2)
 
 
-class Exported:
-    """A model, and its graph in ONNX Runtime."""
-
-    def __init__(self, model, folder, slots=PLACES, plan=None):
-        self.model, self.folder = model, folder
-        self.decoder = families.describe(self.model)
-        graph.save(graph.build(self.decoder, plan, slots), folder)
-        settings = config.genai_config(self.decoder, 64)
-        (folder / config.NAME).write_text(json.dumps(settings))
-        path = str(folder / graph.FILE)
-        self.session = onnxruntime.InferenceSession(path)
-        self.said = self.session.get_modelmeta().custom_metadata_map
-
-    def __call__(self, adapter=None, ids=IDS):
-        feed = {
-            i.name: np.zeros((len(ids), i.shape[1], 0, i.shape[3]), "float32")
-            for i in self.session.get_inputs()
-            if i.name.startswith("past")
-        }
-        feed["input_ids"], feed["attention_mask"] = ids, np.ones_like(ids)
-        options = WithAdapter(self.session, adapter) if adapter else None
-        return self.session.run(["logits"], feed, options)[0]
-
-    def write(self, source, name="a"):
-        """The adapter file of an adapter folder."""
-        path = self.folder / f"{name}{adapter_file.SUFFIX}"
-        change = adapters.read(self.model, source)
-        parameters = adapters.low_rank_parameters(
-            self.decoder, self.places, change.low_rank
-        )
-        adapter_file.write_file(path, parameters, int(self.said[BASE]))
-        return path
-
-    @property
-    def places(self):
-        return json.loads(self.said[LAYERS])
-
-    @property
-    def layers(self):
-        """Paths of the layers that have a place."""
-        keys = {key for keys in self.places.values() for key in keys}
-        linear = parts(self.decoder, Linear)
-        return sorted({part.path for part in linear if part.key in keys})
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def any_family(request, tmp_path_factory):
     return Exported(build(request.param), tmp_path_factory.mktemp("any"))
@@ -108,26 +57,9 @@ def llama(tmp_path_factory):
     return Exported(build("llama"), tmp_path_factory.mktemp("llama"))
 
 
-def trained(model, folder, method=METHODS["lora"], seed=1, **how):
-    """What Keras computes with a moved adapter, left in `folder`."""
-    keras_peft.adapt(model, method, targets=how.pop("targets", None))
-    rng = np.random.default_rng(seed)
-    for variable in model.trainable_variables:
-        noise = rng.normal(0.0, 0.2, variable.shape).astype("float32")
-        variable.assign_add(noise)
-    expected = logits(model, IDS)
-    keras_peft.save_adapter(model, folder, **how)
-    keras_peft.remove(model)
-    return expected
-
-
-def close(found, expected):
-    return np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
-
-
 def test_an_adapter_file_computes_the_adapted_model(any_family, tmp_path):
     where = any_family.layers
-    expected = trained(any_family.model, tmp_path / "a", targets=where)
+    expected = trained(any_family.model, tmp_path / "a", LORA, targets=where)
     path = any_family.write(tmp_path / "a")
     assert close(any_family(path), expected)
     base = logits(any_family.model, IDS)
@@ -152,7 +84,7 @@ def test_conversion_reports_what_is_lost(llama, tmp_path):
 # The norms' epsilon of the small model is not that of the published ones.
 @pytest.mark.filterwarnings("ignore:The base of the adapter differs")
 def test_peft_folders_become_the_same_file(llama, tmp_path):
-    expected = trained(llama.model, tmp_path / "peft", format="peft")
+    expected = trained(llama.model, tmp_path / "peft", LORA, format="peft")
     assert close(llama(llama.write(tmp_path / "peft")), expected)
 
 
@@ -181,7 +113,7 @@ def test_layers_that_are_computed_as_one_share_one_place(llama, tmp_path):
 
 def test_reading_leaves_a_model_with_its_own_adapter(llama, tmp_path):
     model = build("llama")
-    trained(model, tmp_path / "a")
+    trained(model, tmp_path / "a", LORA)
     keras_peft.adapt(model, keras_peft.LoRA(rank=2), name="own")
     for variable in model.trainable_variables:
         variable.assign_add(keras.ops.ones_like(variable) / 8)
@@ -213,7 +145,7 @@ def test_requests_of_onnxruntime_genai_switch_adapters(llama, tmp_path):
     runtime = onnxruntime_genai.Model(str(llama.folder))
     shelf = onnxruntime_genai.Adapters(runtime)
     for seed, name in enumerate(("one", "two")):
-        expected[name] = trained(llama.model, tmp_path / name, seed=seed)
+        expected[name] = trained(llama.model, tmp_path / name, LORA, seed=seed)
         shelf.load(str(llama.write(tmp_path / name, name)), name)
     for name in ("one", None, "two", "one"):
         parameters = onnxruntime_genai.GeneratorParams(runtime)
@@ -231,13 +163,13 @@ def test_requests_of_onnxruntime_genai_switch_adapters(llama, tmp_path):
 
 def test_an_adapter_of_another_base_is_refused(llama, tmp_path):
     other = build("llama", seed=5)
-    trained(other, tmp_path / "a")
+    trained(other, tmp_path / "a", LORA)
     with pytest.raises(ValueError, match="other values"):
         adapters.read(llama.model, tmp_path / "a")
 
 
 def test_a_file_of_another_base_is_refused(llama, tmp_path):
-    trained(llama.model, tmp_path / "a")
+    trained(llama.model, tmp_path / "a", LORA)
     arrays, base = adapter_file.read_file(llama.write(tmp_path / "a"))
     path = tmp_path / "b.onnx_adapter"
     adapter_file.write_file(path, arrays, base - 1)
@@ -249,7 +181,7 @@ def test_a_file_of_another_base_is_refused(llama, tmp_path):
 
 
 def test_a_layer_without_a_place_is_named(llama, tmp_path):
-    keras_peft.adapt(llama.model, METHODS["lora"], targets="embeddings")
+    keras_peft.adapt(llama.model, LORA, targets="embeddings")
     keras_peft.save_adapter(llama.model, tmp_path / "a")
     keras_peft.remove(llama.model)
     with pytest.raises(ValueError, match="linear layers.*token_embedding"):
@@ -257,7 +189,7 @@ def test_a_layer_without_a_place_is_named(llama, tmp_path):
 
 
 def test_a_damaged_file_is_refused(llama, tmp_path):
-    trained(llama.model, tmp_path / "a")
+    trained(llama.model, tmp_path / "a", LORA)
     path = llama.write(tmp_path / "a")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="No adapter file"):

@@ -1,0 +1,66 @@
+"""Prompts and prefixes over one exported base, from adapter files."""
+
+import numpy as np
+import onnxruntime_genai
+import pytest
+
+import keras_peft
+from keras_peft.export.genai.slots import Slots
+from tests.export.genai.adapted import IDS
+from tests.export.genai.adapted import PLACES
+from tests.export.genai.adapted import Exported
+from tests.export.genai.adapted import close
+from tests.export.genai.adapted import trained
+from tests.export.genai.families import FAMILIES
+from tests.export.genai.families import build
+from tests.export.genai.families import logits
+
+TOKENS = 5
+METHODS = {
+    "prompt": keras_peft.PromptTuning(TOKENS),
+    "p_tuning": keras_peft.PTuning(TOKENS),
+    "prefix": keras_peft.PrefixTuning(TOKENS),
+    "prefix_network": keras_peft.PrefixTuning(TOKENS, hidden_dim=6),
+}
+ALL = Slots(low_rank=True, prompts=True, prefixes=True)
+# Any tokens stand where the virtual ones will: here, the text's first.
+BEFORE = np.concatenate([IDS[:, :TOKENS], IDS], axis=1)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("virtual")
+    return Exported(build(request.param), folder, ALL)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_virtual_tokens_stand_before_the_text(name, exported, tmp_path):
+    expected = trained(exported.model, tmp_path / "a", METHODS[name])
+    path = exported.write(tmp_path / "a")
+    assert close(exported(path, BEFORE)[:, TOKENS:], expected)
+
+
+def test_places_for_virtual_tokens_change_nothing(exported, tmp_path):
+    plain = Exported(exported.model, tmp_path, PLACES)
+    assert close(exported(), plain())
+
+
+def test_onnxruntime_genai_goes_on_after_a_prefix(tmp_path):
+    exported = Exported(build("llama"), tmp_path, ALL)
+    method = METHODS["prefix"]
+    expected = trained(exported.model, tmp_path / "a", method)
+    runtime = onnxruntime_genai.Model(str(tmp_path))
+    shelf = onnxruntime_genai.Adapters(runtime)
+    shelf.load(str(exported.write(tmp_path / "a")), "a")
+    parameters = onnxruntime_genai.GeneratorParams(runtime)
+    parameters.set_search_options(max_length=40)
+    generator = onnxruntime_genai.Generator(runtime, parameters)
+    generator.set_active_adapter(shelf, "a")
+    generator.append_tokens(BEFORE[0].astype("int32"))
+    found = np.asarray(generator.get_logits())[0, -1]
+    assert close(found, expected[0, -1])
+    generator.generate_next_token()
+    found = np.asarray(generator.get_logits())[0, -1]
+    keras_peft.load_adapter(exported.model, tmp_path / "a")
+    longer = [[*IDS[0], generator.get_sequence(0)[-1]]]
+    assert close(found, logits(exported.model, longer)[0, -1])
