@@ -104,7 +104,7 @@ def train(subject: Subject) -> None:
 
 
 def move(subject: Subject) -> None:
-    """Moves the adapter of a model that keras-hub cannot train."""
+    """Moves the adapter without training it."""
     _adapt(subject)
     rng = np.random.default_rng(3)
     for leaf in adapter_state.leaves(subject.model, "default").values():
@@ -140,6 +140,8 @@ def generate(subject: Subject) -> None:
     found = model.make_generate_function()(prompt, stop_token_ids=None)
     tokens = keras.ops.convert_to_numpy(found[key])
     whole = {**batch, key: tokens, mask: np.ones(tokens.shape, "int32")}
+    if "response_mask" in batch:  # A prompt sees all of itself.
+        whole["response_mask"] = (~prompt[mask]).astype("int32")
     logits = keras.ops.convert_to_numpy(model(whole, training=False))
     scale = np.abs(logits).max()
     for row, open_places in enumerate((~prompt[mask]).sum(-1)):
@@ -207,7 +209,8 @@ COLUMNS: dict[str, Callable[[Subject], str | None]] = {
     "onnx int8": onnx_int8,
     "litert": litert,
 }
-# What stands in for a column that keras-hub itself cannot run.
+# What stands in for a column that keras-hub itself cannot run, or that is but
+# a step on the way to another.
 INSTEAD = {"train": move}
 # What a column starts from.
 NEEDS = {

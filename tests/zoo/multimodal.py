@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from zoo.case import Case
 from zoo.case import backbone
 from zoo.case import task
@@ -50,6 +52,29 @@ def two_towers(name, vision, text, known, **settings):
     return Case(name, make, **counts | known)
 
 
+def ended(case):
+    """The case with the token of an end last in each row, and only there."""
+
+    def inputs(model, rows):
+        batch = case.batch(model, rows)
+        tokens = np.where(batch["token_ids"] == END, 0, batch["token_ids"])
+        tokens[:, -1] = END
+        return {**batch, "token_ids": tokens}
+
+    return dataclasses.replace(case, inputs=inputs)
+
+
+def equal_prompts(batch):
+    """Prompts of one length: what follows the shortest, a row does not see."""
+    length = batch["padding_mask"].sum(-1).min()
+    tokens = batch["token_ids"]
+    mask = np.broadcast_to(np.arange(tokens.shape[1]) < length, tokens.shape)
+    return {**batch, "padding_mask": mask}
+
+
+# What MetaCLIP 2 pools at; without one, backends choose different places.
+END = 2
+
 CLIP_VISION = backbone(
     "CLIPVisionEncoder", VISION, **BLOCKS, embeddings=1, convolutions=1
 )
@@ -57,7 +82,9 @@ CLIP_TEXT = backbone("CLIPTextEncoder", TEXT, **BLOCKS, embeddings=1)
 META_CLIP_VISION = backbone(
     "MetaCLIP2VisionEncoder", VISION, **BLOCKS, embeddings=1, convolutions=1
 )
-META_CLIP_TEXT = backbone("MetaCLIP2TextEncoder", TEXT, **BLOCKS, embeddings=1)
+META_CLIP_TEXT = ended(
+    backbone("MetaCLIP2TextEncoder", TEXT, **BLOCKS, embeddings=1)
+)
 # A projection for either tower.
 PROJECTED = dict(linear=12 * LAYERS + 2)
 
@@ -339,12 +366,14 @@ CASES: tuple[Case, ...] = (
     ),
     META_CLIP_VISION,
     META_CLIP_TEXT,
-    two_towers(
-        "MetaCLIP2Backbone",
-        META_CLIP_VISION,
-        META_CLIP_TEXT,
-        PROJECTED,
-        projection_dim=12,
+    ended(
+        two_towers(
+            "MetaCLIP2Backbone",
+            META_CLIP_VISION,
+            META_CLIP_TEXT,
+            PROJECTED,
+            projection_dim=12,
+        )
     ),
     SIGLIP_VISION,
     SIGLIP_TEXT,
@@ -355,7 +384,7 @@ CASES: tuple[Case, ...] = (
         dict(linear=12 * LAYERS + 6 + 1),
     ),
     PALI_GEMMA,
-    language_model("PaliGemmaCausalLM", PALI_GEMMA),
+    language_model("PaliGemmaCausalLM", PALI_GEMMA, prompt=equal_prompts),
     GEMMA3,
     dataclasses.replace(
         language_model("Gemma3CausalLM", GEMMA3),
