@@ -66,7 +66,15 @@ def ended(case):
 
 def equal_prompts(batch):
     """Prompts of one length: what follows the shortest, a row does not see."""
-    length = batch["padding_mask"].sum(-1).min()
+    return _prompts(batch, batch["padding_mask"].sum(-1).min())
+
+
+def only_start(batch):
+    """Prompts of one token: an image has no other beginning of a text."""
+    return _prompts(batch, 1)
+
+
+def _prompts(batch, length):
     tokens = batch["token_ids"]
     mask = np.broadcast_to(np.arange(tokens.shape[1]) < length, tokens.shape)
     return {**batch, "padding_mask": mask}
@@ -396,6 +404,7 @@ CASES: tuple[Case, ...] = (
         name="PARSeqCausalLM",
         make=make_parseq_lm,
         labels=characters,
+        prompt=only_start,
         weights=lambda batch: batch["padding_mask"] > 0,
     ),
     BLIP2_OPT,

@@ -48,40 +48,39 @@ def hold(case, columns):
     for column in reversed(COLUMNS):
         if column in needed and column in NEEDS:
             needed.add(NEEDS[column])
-    subject, failed = None, set()
+    subject, failed = None, {}
     for column in (column for column in COLUMNS if column in needed):
+        if not has_column(case, column):
+            continue
         row = dict(name=case.name, backend=backend, column=column)
+        asked = column in columns
+        run = COLUMNS[column]
+        if not asked:  # A step on the way: the quick one will do.
+            run = INSTEAD.get(column, run)
         unable = case.unable.get(
             column, case.unable.get(f"{column} on {backend}")
         )
-        if not has_column(case, column):
-            continue
-        run = COLUMNS[column]
-        if column not in columns:  # A step on the way: the quick one will do.
-            run = INSTEAD.get(column, run)
         if backend in case.unable:
             row["unable"], run = case.unable[backend], None
         elif unable:
             row["unable"], run = unable, INSTEAD.get(column)
+        needs = NEEDS.get(column)
         if run is None:
-            failed.add(column)
-            yield row
-        elif NEEDS.get(column) in failed:
-            failed.add(column)
-            yield {**row, "error": f"needs {NEEDS[column]}"}
+            failed[column] = row["unable"]
+        elif needs in failed:
+            row["error"] = failed[column] = f"needs {needs}: {failed[needs]}"
         else:
             start = time.monotonic()
             try:
                 subject = subject or Subject(case)
-                found = run(subject)
-                row["found"] = found or ""
+                row["found"] = run(subject) or ""
             except Exception as error:
-                failed.add(column)
-                row["error"] = f"{type(error).__name__}: {error}"[
-                    :LONGEST_ERROR
-                ]
+                failed[column] = f"{type(error).__name__}: {error}"
+                row["error"] = failed[column][:LONGEST_ERROR]
                 row["trace"] = traceback.format_exc()[-4000:]
-            yield {**row, "seconds": round(time.monotonic() - start, 1)}
+            row["seconds"] = round(time.monotonic() - start, 1)
+        if asked:
+            yield row
 
 
 def work(columns):
