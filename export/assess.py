@@ -59,7 +59,7 @@ def assess(
     forms |= {n: file.runner(THREADS) for n, file in files.items()}
     batch = _typical_batch(model, signature, evaluation)
     times = measure.median_latencies(forms, batch)
-    sizes = {"keras": sum(_num_bytes(v) for v in model.variables)}
+    sizes = {"keras": sum(num_bytes(v) for v in model.variables)}
     sizes |= {name: file.num_bytes for name, file in files.items()}
     steps = {name: Step(name, sizes[name], times[name]) for name in forms}
     for check in checks:
@@ -89,7 +89,8 @@ def _keras_form(model: keras.Model, signature: Signature) -> Forward:
     return forward
 
 
-def _num_bytes(variable: keras.Variable) -> int:
+def num_bytes(variable: keras.Variable) -> int:
+    """What a variable takes in Keras."""
     itemsize = np.dtype("float32").itemsize
     if keras.backend.standardize_dtype(variable.dtype) in (
         "bfloat16",

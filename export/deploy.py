@@ -116,6 +116,10 @@ def verify(
     problems = adapter_problems(model)
     if problems:
         raise ValueError(" ".join(problems))
+    if (folder / "genai_config.json").exists():
+        from keras_peft.export.genai.deploy import verify as verify_genai
+
+        return verify_genai(folder, manifest, model, samples)
     signature = read_signature(model)
     _check_inputs(signature, manifest)
     file = _read_file(folder)
@@ -125,7 +129,7 @@ def verify(
     check = compare(file.runner(), batches, references, step)
     recorded = json.loads((folder / "report.json").read_text("utf-8"))
     last = recorded["steps"][-1]
-    _compare_with_export(check, last, file.rounding_bound())
+    compare_with_export(check, last, file.rounding_bound())
     return assess(model, {step: file}, [check])
 
 
@@ -137,7 +141,7 @@ def _read_file(folder: Path) -> ModelFile:
     return LiteRtFile.read(folder / LiteRtFile.name)
 
 
-def _compare_with_export(
+def compare_with_export(
     check: Verification, recorded: Mapping[str, Any], rounding: float
 ) -> None:
     """Raises if the file is further from Keras than when it was exported."""

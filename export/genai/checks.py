@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,8 +137,9 @@ def _published(hf_folder: str | Path | None) -> int | None:
     return length
 
 
-def check_room(folder: str | Path, needed: int) -> None:
-    """Raises if the disk has less than `needed` bytes left."""
+def check_room(folder: str | Path, model: keras.Model) -> None:
+    """Raises if the disk has no room for the model, twice in float32."""
+    needed = 2 * sum(4 * math.prod(v.shape) for v in model.variables)
     place = Path(folder).absolute().parent
     while not place.exists():
         place = place.parent
