@@ -94,6 +94,7 @@ class ExportReport:
         tracer: What made the graph.
         notes: Sentences a user should read.
         format: The format of the file: `"ONNX"` or `"LiteRT"`.
+        warning: What speaks against shipping the file, if anything does.
     """
 
     model: str
@@ -107,6 +108,7 @@ class ExportReport:
     tracer: str = ""
     notes: tuple[str, ...] = ()
     format: str = "ONNX"
+    warning: str = ""
 
     @property
     def final(self) -> Step:
@@ -130,13 +132,14 @@ class ExportReport:
         rows = [head, *map(_row, self.steps)]
         columns = [c for c in zip(*rows, strict=True) if any(c[1:])]
         widths = [max(map(len, column)) for column in columns]
-        return "\n".join(
+        lines = [
             "  ".join(
                 cell.ljust(width)
                 for cell, width in zip(row, widths, strict=True)
             )
             for row in zip(*columns, strict=True)
-        )
+        ]
+        return "\n".join([self.warning, *lines] if self.warning else lines)
 
 
 def _row(step: Step) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ LONGEST_TEXT = 240
 def render(report: ExportReport) -> str:
     """The report as a page that reads on a screen, a phone and paper."""
     sections = [
+        _warning(report),
         _head(report),
         _figures(report),
         _steps(report),
@@ -50,6 +51,11 @@ def render(report: ExportReport) -> str:
 </body>
 </html>
 """
+
+
+def _warning(report: ExportReport) -> str:
+    text = escape(report.warning)
+    return f"<p><strong>{text}</strong></p>" if text else ""
 
 
 def _head(report: ExportReport) -> str:

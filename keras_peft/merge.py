@@ -1,8 +1,10 @@
 """Folding adapters into the kernels, and taking them out again."""
 
+import contextlib
 import dataclasses
 import hashlib
 import weakref
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -179,6 +181,27 @@ def merged_adapters(
     if merged is None or _changed(merged):
         return {}
     return merged.adapters
+
+
+@contextlib.contextmanager
+def as_base(model: keras.Model) -> Iterator[bool]:
+    """Within, a merged model computes what it did before its adapters.
+
+    Yields whether it was merged in this process; if not, nothing changes.
+    """
+    merged = _MERGED.get(model)
+    if merged is None or adapter_state.is_adapted(model) or _changed(merged):
+        yield False
+        return
+    now = {
+        path: [(variable, _bits(variable)) for variable, _ in held]
+        for path, held in merged.values.items()
+    }
+    try:
+        _restore(merged.values)
+        yield True
+    finally:
+        _restore(now)
 
 
 def _changed(merged):

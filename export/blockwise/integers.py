@@ -69,6 +69,15 @@ class Blockwise:
         """Whether every zero point is the middle, which needs no storing."""
         return bool((self.zero_points == 2 ** (self.bits - 1)).all())
 
+    def select(self, outputs: np.ndarray | slice) -> "Blockwise":
+        """Some of its outputs, in the order given."""
+        return dataclasses.replace(
+            self,
+            values=self.values[outputs],
+            scales=self.scales[outputs],
+            zero_points=self.zero_points[outputs],
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors, as they are stored."""

@@ -21,9 +21,14 @@ class Group:
     loss: float
 
     @property
+    def saved(self) -> int:
+        """Bytes that 4 bits save."""
+        return self.bytes_at_8 - self.bytes_at_4
+
+    @property
     def price(self) -> float:
-        """Loss per byte that 4 bits save."""
-        return self.loss / (self.bytes_at_8 - self.bytes_at_4)
+        """What they cost, per byte saved."""
+        return self.loss / self.saved
 
 
 def in_4_bits(
@@ -56,14 +61,33 @@ def in_4_bits(
             f"All layers in 4 bits take {least} bytes. Allow as many at least. "
             f"Received: budget={budget!r}"
         )
+    if bound is not None:
+        return _while_cheap(groups, bound)
+    return _until_small(groups, budget or 0)
+
+
+def _while_cheap(groups: Sequence[Group], bound: float) -> list[Group]:
     chosen: list[Group] = []
-    size, lost = sum(group.bytes_at_8 for group in groups), 0.0
+    lost = 0.0
     for group in sorted(groups, key=lambda group: group.price):
         lost += group.loss
-        if budget is not None and size <= budget:
-            break
-        if bound is not None and lost > bound:
+        if lost > bound:
             break
         chosen.append(group)
-        size -= group.bytes_at_8 - group.bytes_at_4
+    return chosen
+
+
+def _until_small(groups: Sequence[Group], budget: int) -> list[Group]:
+    chosen: list[Group] = []
+    room = budget - sum(group.bytes_at_8 for group in groups)
+    for group in sorted(groups, key=lambda group: group.price):
+        if room >= 0:
+            break
+        chosen.append(group)
+        room += group.saved
+    # The last of them may have made more room than was needed.
+    for group in reversed(chosen.copy()):
+        if group.saved <= room:
+            chosen.remove(group)
+            room -= group.saved
     return chosen

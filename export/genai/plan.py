@@ -1,8 +1,12 @@
 """What each layer and table of a decoder is stored as."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
+from keras_peft.export.blockwise import Blockwise
 from keras_peft.export.blockwise import quantize as round_to_nearest
+from keras_peft.export.blockwise import search
 from keras_peft.export.genai.decoder import Decoder
 from keras_peft.export.genai.decoder import Experts
 from keras_peft.export.genai.decoder import Linear
@@ -17,8 +21,18 @@ BITS = {"int8": 8, "int4": 4}
 TABLE_BITS = 8
 
 
-def plan_storage(decoder: Decoder, quantize: str | None) -> Plan:
-    """Layers and tables by their keys; what is missing stays float32."""
+def plan_storage(
+    decoder: Decoder,
+    quantize: str | None,
+    known: Mapping[str, Blockwise] | None = None,
+) -> Plan:
+    """Layers and tables by their keys; what is missing stays float32.
+
+    Args:
+        decoder: What is stored.
+        quantize: As in `keras_peft.export.to_genai`.
+        known: Layers of which the integers are chosen already.
+    """
     if quantize is None:
         return {}
     layers = {part.key: part for part in parts(decoder, Linear)}
@@ -29,8 +43,11 @@ def plan_storage(decoder: Decoder, quantize: str | None) -> Plan:
         # A rounded score may choose another expert, and is a thousandth of
         # what that expert weighs.
         layers.pop(part.router.key, None)
+    known = known or {}
+    # In 8 bits, no grid is measurably better than the nearest integers.
+    store = round_to_nearest if BITS[quantize] == 8 else search
     plan = {
-        key: round_to_nearest(part.kernel, BITS[quantize])
+        key: known.get(key) or store(part.kernel, BITS[quantize])
         for key, part in layers.items()
         if part is not decoder.head
     }
@@ -41,3 +58,16 @@ def plan_storage(decoder: Decoder, quantize: str | None) -> Plan:
     rows = np.ascontiguousarray(decoder.table.rows.T)
     plan[decoder.table.key] = round_to_nearest(rows, TABLE_BITS)
     return plan
+
+
+def trained_integers(
+    decoder: Decoder, trained: Mapping[str, Blockwise]
+) -> dict[str, Blockwise]:
+    """What layers of Keras trained in, by the keys of the decoder's parts."""
+    return {
+        part.key: trained[part.path]
+        if part.columns is None
+        else trained[part.path].select(part.columns)
+        for part in parts(decoder, Linear)
+        if part.path in trained
+    }

@@ -95,6 +95,8 @@ def readme(
     rows = [f"| {n} | {FILES.get(n, '')} |" for n in files]
     table = "\n".join(["| file | what it is |", "|---|---|", *rows])
     text = _HEAD.format(name=report.model, table=table, code=code)
+    if report.warning:
+        text = f"{report.warning}\n\n{text}"
     if report.notes:
         text += "\n## Notes\n\n" + "\n".join(f"* {n}" for n in report.notes)
         text += "\n"
