@@ -77,7 +77,7 @@ def read(
         ValueError: If the adapter does not fit the model, or does what no
             adapter file can hold.
     """
-    with _loaded(model, folder) as name:
+    with loaded(model, folder) as name:
         _check_head(model, folder, name)
         leaves = adapter_state.leaves(model, name)
         for leaf in leaves.values():
@@ -94,7 +94,7 @@ def read(
 
 
 @contextmanager
-def _loaded(model: keras.Model, folder: str | Path) -> Iterator[str]:
+def loaded(model: keras.Model, folder: str | Path) -> Iterator[str]:
     """The name of the adapter while `model` carries it."""
     own = adapter_state.is_adapted(model)
     active = dict(model.peft.active) if own else {}

@@ -53,7 +53,11 @@ def genai_config(
                 "num_attention_heads": attention.num_heads,
                 "num_key_value_heads": attention.num_kv_heads,
                 "num_hidden_layers": len(decoder.blocks),
-                "session_options": {"provider_options": []},
+                # Without it, a warning for each place of an adapter.
+                "session_options": {
+                    "log_severity_level": 3,
+                    "provider_options": [],
+                },
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",

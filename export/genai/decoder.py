@@ -94,6 +94,8 @@ class Attention:
             (ALiBi).
         sinks: A score per head that takes part in the softmax and has no
             value, `[heads]`.
+        channels: Which channel of the model's keys, once they are turned,
+            each of a head's is here, where the orders differ.
     """
 
     query: Linear
@@ -111,6 +113,7 @@ class Attention:
     soft_cap: float | None = None
     slopes: np.ndarray | None = None
     sinks: np.ndarray | None = None
+    channels: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,16 +2,17 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import tempfile
+from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 import keras_peft
-from keras_peft.export.checks import enforce
+from keras_peft.export.deploy import compare_with_export
 from keras_peft.export.folder import FORMAT
 from keras_peft.export.folder import MANIFEST
 from keras_peft.export.folder import file_entries
@@ -20,20 +21,30 @@ from keras_peft.export.genai import checks
 from keras_peft.export.genai import compare
 from keras_peft.export.genai import families
 from keras_peft.export.genai import graph
+from keras_peft.export.genai.calibrate import calibrated
+from keras_peft.export.genai.calibrate import calibration_rows
 from keras_peft.export.genai.config import NAME
 from keras_peft.export.genai.config import genai_config
 from keras_peft.export.genai.config import generation_settings
 from keras_peft.export.genai.decoder import Decoder
+from keras_peft.export.genai.judge import Judge
+from keras_peft.export.genai.plan import BITS
 from keras_peft.export.genai.plan import plan_storage
+from keras_peft.export.genai.plan import trained_integers
 from keras_peft.export.genai.readme import readme
 from keras_peft.export.genai.runtime import Session
+from keras_peft.export.genai.shelf import Shelf
 from keras_peft.export.genai.tokenizer import TokenizerFiles
 from keras_peft.export.genai.tokenizer import write_tokenizer
 from keras_peft.export.report import ExportReport
 from keras_peft.export.report import Step
-from keras_peft.export.result import Verification
 from keras_peft.files import whole_folder
+from keras_peft.quantize_aware import integers
 
+# The same operators on the same processor, with other buffers: float32's
+# rounding, or an input of a product that falls on the other side of a half
+# when it is made an 8-bit integer.
+SAME_KERNELS = 2.0**-7
 _PACKAGES = ("keras", "keras-hub", "onnxruntime", "onnxruntime-genai")
 
 
@@ -46,14 +57,15 @@ def to_genai(
     tokenizer: Any,
     hf_folder: str | Path | None,
     context_length: int | None,
+    adapters: Mapping[str, str | Path] | None,
 ) -> ExportReport:
     """See `keras_peft.export.to_genai`."""
     checks.check_arguments(model, folder, quantize)
     decoder = families.describe(model)
     checks.check_weights(decoder)
+    shelf = Shelf(model, adapters)
     context, notes = checks.choose_context(decoder, context_length, hf_folder)
-    num_bytes = sum(4 * int(np.prod(v.shape)) for v in model.variables)
-    checks.check_room(folder, 2 * num_bytes)
+    checks.check_room(folder, model)
     trained = tokenizer or getattr(model, "preprocessor", None)
     with whole_folder(folder) as staging:
         tokens = None
@@ -66,82 +78,38 @@ def to_genai(
             tokens = write_tokenizer(
                 trained, staging, hf_folder, evaluation or ()
             )
+            shelf.avoid(tokens.end_ids, tokens.pad_id, tokens.start_id)
         _write_config(staging, decoder, context, tokens, hf_folder)
-        judge = _Judge(model, decoder, context, _pieces(staging, evaluation))
-        exact = _write_exact(judge, decoder, context, staging)
-        plan = plan_storage(decoder, quantize)
-        graph.save(graph.build(decoder, plan, context_length=context), staging)
-        steps = [Step("keras", num_bytes, loss=judge.loss), exact]
+        pieces = _pieces(staging, evaluation or calibration)
+        judge = Judge(model, decoder, context, pieces)
+        exact = _write_exact(judge, decoder, context, staging, shelf)
+        known = {}
+        if quantize in BITS:
+            known = trained_integers(decoder, integers(model))
+        if quantize == "int4" and calibration is not None:
+            rows = calibration_rows(
+                calibration, staging / "tokenizer.json", context
+            )
+            known |= calibrated(decoder, rows, context, known)
+        plan = plan_storage(decoder, quantize, known)
+        built = graph.build(decoder, plan, shelf.slots, context)
+        graph.save(built, staging)
+        shelf.write(built, decoder, staging)
+        steps = [judge.keras, exact]
         if quantize is not None:
             steps.append(judge.step(staging, quantize, None))
         steps[-1] = _timed(judge, staging, steps[-1])
+        shelf.answer(staging, judge.prompts[-1], SAME_KERNELS)
+        notes = [*judge.notes, *shelf.notes(staging, pieces), *notes]
         report = ExportReport(
             model=model.name,
             steps=tuple(steps),
             latency="One more token after a prompt of 32, on 1 thread.",
-            notes=(*judge.notes, *notes),
+            warning=judge.warning,
+            notes=tuple(notes),
         )
-        _write_rest(staging, report, quantize, tokens, context)
+        _write_rest(staging, report, quantize, tokens, context, shelf)
     return report
-
-
-class _Judge:
-    """The Keras model's word on prompts and texts, to compare others with."""
-
-    def __init__(
-        self,
-        model: keras.Model,
-        decoder: Decoder,
-        context_length: int,
-        pieces: Sequence[Sequence[int]],
-    ):
-        self.prompts = compare.prompts(decoder, pieces, context_length)
-        self.references = [
-            compare.keras_logits(model, ids) for ids in self.prompts
-        ]
-        self.bound = compare.bound(model, decoder)
-        self.pieces = pieces
-        self.scores = compare.joined(
-            [compare.score(compare.keras_logits(model, p), p) for p in pieces]
-        )
-        self.notes: list[str] = []
-
-    @property
-    def loss(self) -> float | None:
-        return None if self.scores is None else self.scores.loss
-
-    def step(self, folder: Path, name: str, tolerance: float | None) -> Step:
-        """Measures the graph in a folder; raises beyond `tolerance`."""
-        session = Session(folder)
-        check: Verification = compare.compare_logits(
-            session, self.prompts, self.references, name, tolerance
-        )
-        enforce(check)
-        size = sum(f.stat().st_size for f in folder.glob(graph.FILE + "*"))
-        found = Step(
-            name,
-            size,
-            max_abs=check.max_abs,
-            relative=check.relative,
-            cosine=check.cosine,
-        )
-        if self.scores is None:
-            return found
-        scores = compare.joined(
-            [compare.score(session.logits(p, len(p)), p) for p in self.pieces]
-        )
-        if name != "float32":
-            self._note(name, scores)
-        return dataclasses.replace(found, loss=scores.loss)
-
-    def _note(self, name: str, scores: Any) -> None:
-        change, error = compare.difference(self.scores, scores)
-        same = float((scores.choices == self.scores.choices).mean())
-        self.notes.append(
-            f"On {len(scores.losses)} tokens of `evaluation`, {name} changes the "
-            f"loss by {change:+.4f} ± {error:.4f}; the most likely next token "
-            f"is that of Keras for {same:.1%}."
-        )
 
 
 def _pieces(folder: Path, texts: Sequence[str] | None) -> list[list[int]]:
@@ -151,8 +119,9 @@ def _pieces(folder: Path, texts: Sequence[str] | None) -> list[list[int]]:
         return []
     if not path.exists():
         raise ValueError(
-            "`evaluation` is text, which needs the tokenizer that trained. "
-            "Pass it as `tokenizer`. Received: a model without preprocessor"
+            "`evaluation` and `calibration` are texts, which need the "
+            "tokenizer that trained. Pass it as `tokenizer`. Received: a model "
+            "without preprocessor"
         )
     import tokenizers
 
@@ -164,7 +133,13 @@ def _pieces(folder: Path, texts: Sequence[str] | None) -> list[list[int]]:
         cuts = range(0, len(ids), compare.PIECE)
         pieces += [ids[n : n + compare.PIECE] for n in cuts]
         room -= len(ids)
-    return [piece for piece in pieces if len(piece) > 1]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
+        raise ValueError(
+            "`evaluation` and `calibration` are texts of more than a token "
+            f"each. Received: {len(texts)} texts with nothing to predict"
+        )
+    return pieces
 
 
 def _write_config(
@@ -174,7 +149,7 @@ def _write_config(
     tokens: TokenizerFiles | None,
     hf_folder: str | Path | None,
 ) -> None:
-    known = {}
+    known: dict[str, Any] = {}
     if tokens is not None:
         known = {
             "end": tokens.end_ids,
@@ -187,27 +162,29 @@ def _write_config(
 
 
 def _write_exact(
-    judge: _Judge, decoder: Decoder, context_length: int, folder: Path
+    judge: Judge,
+    decoder: Decoder,
+    context_length: int,
+    folder: Path,
+    shelf: Shelf,
 ) -> Step:
     """Compares the float32 graph, which must compute what Keras computes."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        exact = graph.build(decoder, context_length=context_length)
+        exact = graph.build(
+            decoder, slots=shelf.slots, context_length=context_length
+        )
         graph.save(exact, Path(name))
+        shelf.write(exact, decoder, Path(name))
+        shelf.check(Path(name), judge.prompts, judge.bound)
         return judge.step(Path(name), "float32", judge.bound)
 
 
-def _timed(judge: _Judge, folder: Path, step: Step) -> Step:
+def _timed(judge: Judge, folder: Path, step: Step) -> Step:
     """The last step with its latency, run by onnxruntime-genai besides."""
     prompt = judge.prompts[-1]
     compare.check_answer(folder, Session(folder), prompt, SAME_KERNELS)
     latency = Session(folder, threads=1).milliseconds()
     return dataclasses.replace(step, latency_ms=latency)
-
-
-# The same operators on the same processor, with other buffers: float32's
-# rounding, or an input of a product that falls on the other side of a half
-# when it is made an 8-bit integer.
-SAME_KERNELS = 2.0**-7
 
 
 def _write_rest(
@@ -216,6 +193,7 @@ def _write_rest(
     quantize: str | None,
     tokens: TokenizerFiles | None,
     context_length: int,
+    shelf: Shelf,
 ) -> None:
     report.write(folder)
     files = {
@@ -231,6 +209,7 @@ def _write_rest(
         "quantization": quantize,
         "min_onnxruntime_genai": "0.18",
         "context_length": context_length,
+        "adapters": shelf.entries,
         "versions": {"keras_peft": keras_peft.__version__, **versions},
         "files": file_entries(folder),
     }
@@ -238,3 +217,22 @@ def _write_rest(
         manifest["add_bos"] = tokens.add_bos
         manifest["normalization"] = tokens.normalization
     write_json(folder / MANIFEST, manifest)
+
+
+def verify(
+    folder: Path, manifest: Mapping[str, Any], model: keras.Model, texts: Any
+) -> ExportReport:
+    """See `keras_peft.export.verify`; the files are those of the manifest."""
+    decoder = families.describe(model)
+    context = manifest["context_length"]
+    judge = Judge(model, decoder, context, _pieces(folder, texts))
+    name = manifest["quantization"] or "float32"
+    check = judge.check(folder, name, None)
+    recorded = json.loads((folder / "report.json").read_text("utf-8"))
+    rounding = compare.bound(model, decoder) or 0.0
+    compare_with_export(check, recorded["steps"][-1], rounding)
+    steps = [judge.keras, judge.step(folder, name, None)]
+    steps[-1] = _timed(judge, folder, steps[-1])
+    return ExportReport(
+        model=model.name, steps=tuple(steps), notes=tuple(judge.notes)
+    )

@@ -20,10 +20,15 @@ class Session:
     Args:
         folder: Where the graph is.
         threads: How many to compute with; 0 for one per core.
+        adapter: An adapter file that takes part.
     """
 
-    def __init__(self, folder: Path, threads: int = 0):
+    def __init__(
+        self, folder: Path, threads: int = 0, adapter: Path | None = None
+    ):
         import onnxruntime
+
+        from keras_peft.export.genai.adapter_file import WithAdapter
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
@@ -31,6 +36,9 @@ class Session:
         self._session = onnxruntime.InferenceSession(
             folder / graph.FILE, options, providers=["CPUExecutionProvider"]
         )
+        self._run_options = None
+        if adapter is not None:
+            self._run_options = WithAdapter(self._session, adapter)
         self._caches = [
             value
             for value in self._session.get_inputs()
@@ -56,7 +64,9 @@ class Session:
         feed = dict(zip(names, past, strict=True))
         feed["input_ids"] = np.array([ids], "int64")
         feed["attention_mask"] = np.ones((1, total), "int64")
-        logits, *present = self._session.run(self._outputs, feed)
+        logits, *present = self._session.run(
+            self._outputs, feed, self._run_options
+        )
         return logits[0], present
 
     def logits(self, ids: Sequence[int], prompt: int) -> np.ndarray:
@@ -80,7 +90,7 @@ class Session:
 
 
 def answer(
-    folder: Path, ids: Sequence[int], count: int
+    folder: Path, ids: Sequence[int], count: int, adapter: Path | None = None
 ) -> tuple[list[int], np.ndarray]:
     """What onnxruntime-genai goes on with, most likely token by token.
 
@@ -95,6 +105,10 @@ def answer(
     length = len(ids) + count
     options.set_search_options(do_sample=False, max_length=length)
     generator: Any = onnxruntime_genai.Generator(model, options)
+    shelf = onnxruntime_genai.Adapters(model)
+    if adapter is not None:
+        shelf.load(str(adapter), "adapter")
+        generator.set_active_adapter(shelf, "adapter")
     generator.append_tokens(np.array([ids], "int32"))
     chosen_by = []
     while not generator.is_done() and len(chosen_by) < count:

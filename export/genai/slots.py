@@ -65,6 +65,12 @@ def metadata(writer: "Writer", decoder: Decoder) -> dict[str, str]:
     return {LAYERS: json.dumps(writer.adaptable), BASE: str(base_id(decoder))}
 
 
+def layers_of(model: ir.Model) -> dict[str, list[str]]:
+    """The layers at each place of a graph, by their keys."""
+    found: dict[str, list[str]] = json.loads(model.metadata_props[LAYERS])
+    return found
+
+
 def base_id(decoder: Decoder) -> int:
     """A number that tells one base from another, however it is stored."""
     arrays = [decoder.table.rows]

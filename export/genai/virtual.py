@@ -90,6 +90,8 @@ def prefix_parameters(
     for n, block in enumerate(decoder.blocks):
         layer = block.attention
         keys, values = prefix[:, n, 0], prefix[:, n, 1]
+        if layer.channels is not None:
+            keys = keys[..., layer.channels]
         if layer.rotary is not None:
             keys = turned_back(layer.rotary, keys)
         for name, rows in zip(_names(layer), (keys, values), strict=True):

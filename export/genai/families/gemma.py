@@ -3,6 +3,7 @@
 import math
 
 import keras
+import numpy as np
 
 from keras_peft.export.genai.decoder import Attention
 from keras_peft.export.genai.decoder import Block
@@ -62,7 +63,8 @@ def _attention(layer: keras.Layer, reader: Reader) -> Attention:
     if not layer.query_head_dim_normalize:
         size = layer.hidden_dim // layer.num_query_heads
     norms = {}
-    if getattr(layer, "use_query_key_norm", False):
+    is_third = hasattr(layer, "use_query_key_norm")
+    if is_third and layer.use_query_key_norm:
         norms["query_norm"] = _norm(layer.query_norm, reader)
         norms["key_norm"] = _norm(layer.key_norm, reader)
     windowed = layer.use_sliding_window_attention
@@ -78,7 +80,13 @@ def _attention(layer: keras.Layer, reader: Reader) -> Attention:
         # Gemma 1 and 2 turn the same pairs, and then deal their channels
         # anew: queries and keys alike, so that no score changes.
         rotary=rotary(layer.rope_layer, layer.head_dim),
+        channels=None if is_third else _undealt(layer.head_dim),
         window=layer.sliding_window_size if windowed else None,
         soft_cap=layer.logit_soft_cap,
         **norms,
     )
+
+
+def _undealt(size: int) -> np.ndarray:
+    """Which of the dealt channels each of the others has become."""
+    return np.arange(size).reshape(-1, 2).T.ravel()

@@ -61,6 +61,7 @@ def _attention(layer: keras.Layer, reader: Reader) -> Attention:
         head_size=size,
         scale=size**-0.5,
         rotary=turned,
+        channels=order,
     )
 
 
