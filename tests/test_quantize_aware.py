@@ -134,15 +134,20 @@ def test_a_residual_start_rounds_the_base_alone(init):
     assert np.array_equal(stored.values, base.values)
 
 
-def test_half_precision_has_the_integers_of_its_own_base():
+@BITS_OF_TEST
+def test_half_precision_keeps_the_integers(bits):
     layer, inputs = MANY.build("bfloat16")
-    adapter = attach(MANY, layer, 4)
+    adapter = attach(MANY, layer, bits)
     kernel = kernel_of(layer).read()
     stored = adapter.integers()
     change = expected_change(adapter).astype("float32")
-    again = round_to(kernel + change, stored.scales, stored.zero_points, 4, 32)
+    grid = stored.scales, stored.zero_points
+    again = round_to(kernel + change, *grid, bits, 32)
     assert np.array_equal(stored.values, again.values)
     assert np.isfinite(MANY.call(layer, inputs)).all()
+    # Merged into bfloat16, each value is still nearest to its own integer.
+    layer.kernel.assign(stored.kernel())
+    assert np.array_equal(adapter.integers(merged=True).values, stored.values)
 
 
 # -- Training ----------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_calibration_loses_less_than_the_nearest_integers(tmp_path, name):
         for n, plan in enumerate((nearest, ours))
     ]
     assert losses[1] < 0.7 * losses[0]
-    # Grids with zero points, and a tenth more where it helps.
+    # Grids with zero points, and a little more where it helps.
     least = sum(
         part.kernel.size // 2 + (4 + 0.5) * part.kernel.size / 32
         for part in _linear(decoder)
