@@ -13,6 +13,7 @@ from keras_peft import adapter_state
 from keras_peft import layer_tree
 from keras_peft.adapter_state import NamedAdapter
 from keras_peft.calibration import observe
+from keras_peft.check_tokenizer import warn_of_tokenizer
 from keras_peft.methods.method import Method
 from keras_peft.patterns import lies_in
 from keras_peft.patterns import path_matches
@@ -113,6 +114,7 @@ def adapt(
     adapter = NamedAdapter(method, paths)
     adapted_model.install(model, name, adapter, head, True, observed)
     adapted_model.activate(model, {name: 1.0})
+    warn_of_tokenizer(model)
     return model
 
 

@@ -12,6 +12,10 @@ import safetensors
 from keras import ops
 
 from keras_peft import layer_tree
+from keras_peft.check_tokenizer import compare_tokenizer
+from keras_peft.finding import IN_MEMORY
+from keras_peft.finding import Finding
+from keras_peft.finding import report
 from keras_peft.hf_names import Names
 
 # The settings of Hugging Face models that name the same thing.
@@ -19,6 +23,8 @@ _ACTIVATIONS = (
     *("hidden_activation", "hidden_act", "activation_function", "activation"),
 )
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+# What keras-hub calls them.
+_EPSILON_SETTINGS = ("layer_norm_epsilon", "rms_norm_eps")
 
 # What keras-hub computes where no layer holds the function.
 _HARD_CODED = {
@@ -42,27 +48,40 @@ _HEADS = (
 _FOLDED = {"xlm_roberta": ("token_type_embeddings", "position_embeddings")}
 
 
-def check_base(model: keras.Model, hf_folder: str | Path) -> list[str]:
+def check_base(
+    model: keras.Model, hf_folder: str | Path, mend: bool = False
+) -> list[str]:
     """Tells what `model` does otherwise than the Hugging Face model it is of.
 
     keras-hub converts a model's weights, and not all of its settings: it may
-    compute another activation function, or other epsilons in its norms. An
-    adapter then meets a slightly different base than the one it was trained
-    on. Compared are activations, epsilons, all weights, and what a tokenizer
-    does with accents and chats.
+    compute another activation function, other epsilons in its norms, or other
+    ids of a text. An adapter then meets a slightly different base than the
+    one it was trained on. Compared are activations, epsilons, all weights, and
+    of the preprocessor the ids of many texts, the tokens that start, end and
+    pad a text, what it does with accents, and the chat template.
 
     Args:
         model: A model or backbone of keras-hub, adapted or not.
         hf_folder: The Hugging Face folder it was converted from, with
             `config.json`. Its weights are compared if they are there as
-            safetensors.
+            safetensors, and its tokenizer if there is a `tokenizer.json`.
+        mend: Whether to make the model, in place, do as the folder says:
+            epsilons, activations, accents, and a preprocessor that runs the
+            folder's tokenizer (`HuggingFaceTokenizer`), which carries the chat
+            template as `model.preprocessor.tokenizer.chat_template`. Weights
+            stay as they are. Mend before training.
 
     Returns:
-        One sentence for each difference; an empty list if there is none.
+        One sentence for each difference that was found, which says if it was
+        mended; an empty list if there is none.
 
     Raises:
         ValueError: if the folder has no `config.json`, or keras-hub no
-            converter for the family.
+            converter for the family. Nothing is mended then.
+
+    Example:
+    >>> model = keras_hub.models.CausalLM.from_preset("hf-model/")
+    >>> keras_peft.check_base(model, "hf-model/", mend=True)
     """
     folder = Path(hf_folder)
     config = _json(folder / "config.json")
@@ -72,11 +91,15 @@ def check_base(model: keras.Model, hf_folder: str | Path) -> list[str]:
             f"Received: hf_folder={str(hf_folder)!r}"
         )
     names = Names(model)
-    return [
-        *compare_settings(names, config),
-        *_compare_weights(names, folder),
-        *_compare_tokenizer(model, folder),
+    findings = [
+        *_settings(names, config),
+        *map(Finding, _compare_weights(names, folder)),
+        *compare_tokenizer(model, folder),
     ]
+    told = report(findings, mend)
+    if mend:
+        layer_tree.forget_compiled(model, optimizer=False)
+    return told
 
 
 def warn_of_base(names: Names, name_or_path: str | None) -> None:
@@ -104,6 +127,10 @@ def warn_of_base(names: Names, name_or_path: str | None) -> None:
 
 def compare_settings(names: Names, config: dict[str, Any]) -> list[str]:
     """What the settings of a Hugging Face model say otherwise."""
+    return report(_settings(names, config), mend=False)
+
+
+def _settings(names: Names, config: dict[str, Any]) -> list[Finding]:
     # Multimodal models keep their language model's settings apart.
     config = {**config, **config.get("text_config", {})}
     return [
@@ -126,16 +153,48 @@ def _compare_activations(names, config):
     theirs = _FUNCTIONS.get(config.get(key))
     if theirs is None:
         return
-    grid = np.linspace(-4, 4, 161, dtype="float32")
     for path, ours in _activations(names):
-        values = ops.convert_to_numpy(ours(ops.convert_to_tensor(grid)))
-        apart = float(np.abs(values - theirs(grid)).max())
+        apart = _distance(ours, theirs)
         if apart > 1e-5:  # A few roundings of numbers up to 4.
-            yield (
+            yield Finding(
                 f"`{key}={config[key]!r}` there, and `{path}` computes "
-                f"another function, up to {apart:.1e} apart"
+                f"another function, up to {apart:.1e} apart",
+                _activation_mend(names, theirs),
+                IN_MEMORY,
             )
             return
+
+
+def _distance(ours, theirs):
+    grid = ops.linspace(-4.0, 4.0, 161)
+    apart = ops.convert_to_numpy(ours(grid) - theirs(grid))
+    return float(np.abs(apart).max())
+
+
+def _activation_mend(names, theirs):
+    """Sets the function where layers hold it; `None` if none does."""
+    layers = [layer for _, layer in layer_tree.walk(names.backbone)]
+    # An adapted layer's function stands behind its adapters.
+    if names.family in _HARD_CODED or any(map(layer_tree.is_adapted, layers)):
+        return None
+
+    def mend():
+        for _, layer, attribute in _holders(names.backbone):
+            if _distance(getattr(layer, attribute), theirs) > 1e-5:
+                setattr(layer, attribute, theirs)
+
+    return mend
+
+
+def _holders(backbone):
+    """`(path, layer, attribute)` of feed-forward layers' activations."""
+    for path, layer in layer_tree.walk(backbone):
+        if "pool" in path:
+            continue  # Its tanh is no setting.
+        for attribute in ("activation", "hidden_activation"):
+            found = getattr(layer, attribute, None)
+            if found not in (None, keras.activations.linear):
+                yield path, layer, attribute
 
 
 def _activations(names: Names) -> Iterator[tuple[str, Any]]:
@@ -143,39 +202,33 @@ def _activations(names: Names) -> Iterator[tuple[str, Any]]:
     if names.family in _HARD_CODED:
         yield names.backbone.name, _FUNCTIONS[_HARD_CODED[names.family]]
     for path, layer in layer_tree.walk(names.backbone):
-        if "pool" in path:
-            continue  # Its tanh is no setting.
         held = getattr(layer, "after_kernel", {}).get("activation")
-        for attribute in ("activation", "hidden_activation"):
-            found = held or getattr(layer, attribute, None)
-            if found not in (None, keras.activations.linear):
-                yield path, keras.activations.get(found)
-
-
-def _gelu(x):
-    return ops.convert_to_numpy(keras.activations.gelu(x, approximate=False))
+        if held is not None and "pool" not in path:
+            yield path, keras.activations.get(held)
+    for path, layer, attribute in _holders(names.backbone):
+        yield path, keras.activations.get(getattr(layer, attribute))
 
 
 def _gelu_tanh(x):
-    return ops.convert_to_numpy(keras.activations.gelu(x, approximate=True))
+    return keras.activations.gelu(x, approximate=True)
 
 
-def _sigmoid(x):
-    return 1 / (1 + np.exp(-x))
+def _quick_gelu(x):
+    return x * ops.sigmoid(1.702 * x)
 
 
 # By the names of transformers.
 _FUNCTIONS = {
-    "gelu": _gelu,
-    "gelu_python": _gelu,
+    "gelu": keras.activations.gelu,
+    "gelu_python": keras.activations.gelu,
     "gelu_new": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
-    "quick_gelu": lambda x: x * _sigmoid(1.702 * x),
-    "relu": lambda x: np.maximum(x, 0),
-    "silu": lambda x: x * _sigmoid(x),
-    "swish": lambda x: x * _sigmoid(x),
-    "tanh": np.tanh,
+    "quick_gelu": _quick_gelu,
+    "relu": keras.activations.relu,
+    "silu": keras.activations.silu,
+    "swish": keras.activations.silu,
+    "tanh": keras.activations.tanh,
 }
 
 # -- Epsilons ----------------------------------------------------------------
@@ -186,17 +239,44 @@ def _compare_epsilons(names, config):
     if key is None:
         return
     norms = {
-        path: layer.epsilon
+        path: layer
         for path, layer in layer_tree.walk(names.backbone)
         if getattr(layer, "epsilon", None) is not None
     }
-    others = {p: e for p, e in norms.items() if not np.isclose(e, config[key])}
+    others = {
+        path: layer.epsilon
+        for path, layer in norms.items()
+        if not np.isclose(layer.epsilon, config[key])
+    }
     if others:
         path, epsilon = next(iter(others.items()))
-        yield (
+        mend, kept = _epsilon_mend(names.backbone, others, config[key])
+        yield Finding(
             f"`{key}={config[key]}` there, and {len(others)} of {len(norms)} "
-            f"norms have another, `{path}` {epsilon}"
+            f"norms have another, `{path}` {epsilon}",
+            mend,
+            "mended" if kept else IN_MEMORY,
         )
+
+
+def _epsilon_mend(backbone, others, epsilon):
+    """What sets epsilons, and whether a saved model keeps them."""
+    layers = layer_tree.layers_by_path(backbone)
+    # What the backbone, and each block, made its norms with.
+    settings = [
+        (layer, name)
+        for layer in layers.values()
+        for name in _EPSILON_SETTINGS
+        if getattr(layer, name, None) in others.values()
+    ]
+
+    def mend():
+        for path in others:
+            layers[path].epsilon = epsilon
+        for layer, name in settings:
+            setattr(layer, name, epsilon)
+
+    return mend, any(layer is backbone for layer, _ in settings)
 
 
 # -- Weights -----------------------------------------------------------------
@@ -243,24 +323,3 @@ def _apart(ported, tensor):
         return float("inf")
     largest = float(np.abs(theirs).max()) or 1.0
     return float(np.abs(ours - theirs).max()) / largest
-
-
-# -- Tokenizers --------------------------------------------------------------
-
-
-def _compare_tokenizer(model, folder):
-    config = _json(folder / "tokenizer_config.json") or {}
-    preprocessor = getattr(model, "preprocessor", None)
-    tokenizer = getattr(preprocessor, "tokenizer", None)
-    strips = getattr(tokenizer, "strip_accents", None)
-    if strips is False and config.get("do_lower_case"):
-        if config.get("strip_accents") is not False:
-            yield (
-                "the tokenizer there strips accents and this one does not: "
-                "load it with `strip_accents=True`"
-            )
-    if config.get("chat_template") or (folder / "chat_template.jinja").exists():
-        yield (
-            "there is a chat template, which keras-hub does not apply: write "
-            "prompts in its form"
-        )

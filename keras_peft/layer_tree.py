@@ -439,6 +439,15 @@ def set_plain(target, name, value):
     object.__setattr__(target, name, value)
 
 
+def replace_child(parent: keras.Layer, name: str, layer: keras.Layer) -> None:
+    """Puts another layer in the place of one that has no weights."""
+    old = getattr(parent, name)
+    with _unlocked(parent):
+        setattr(parent, name, layer)
+        if any(child is old for child in parent._layers):
+            parent._tracker.untrack(old)
+
+
 @contextlib.contextmanager
 def _unlocked(layer):
     tracker = layer._tracker

@@ -29,6 +29,7 @@ from keras_peft.export.tokenizer import convert_tokenizer
 from keras_peft.export.tokenizer_check import TEXTS
 from keras_peft.export.tokenizer_check import around
 from keras_peft.export.tokenizer_check import differing_lines
+from keras_peft.hf_chat import read_chat_template
 
 TEMPLATE = "chat_template.jinja"
 CHAT = (
@@ -141,28 +142,13 @@ def _hf_settings(folder: str | Path | None) -> dict[str, Any]:
         path = Path(folder) / name
         if path.is_file():
             read = json.loads(path.read_text("utf-8"))
-            found |= {key: read[key] for key in _IDS if read.get(key)}
+            known = {key: read.get(key) for key in _IDS}
+            found |= {k: v for k, v in known.items() if v is not None}
     return found | {_CHAT: read_chat_template(folder)}
 
 
 _CHAT = "chat_template"
 _IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
-
-
-def read_chat_template(folder: str | Path) -> str | None:
-    """The chat template of a Hugging Face folder, wherever it lies."""
-    file = Path(folder) / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
-    config = Path(folder) / "tokenizer_config.json"
-    if not config.is_file():
-        return None
-    template = json.loads(config.read_text("utf-8")).get(_CHAT)
-    if isinstance(template, list):  # Several, each with a name.
-        template = {each["name"]: each["template"] for each in template}.get(
-            "default"
-        )
-    return template or None
 
 
 def _read_layer(
