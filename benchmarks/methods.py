@@ -252,9 +252,9 @@ def figure(task, rows):
     if rows is None:
         return ""
     scores = np.array([row["score"] for row in rows])
-    if task == "sentiment":
-        return f"{100 * scores.mean():.1f} ± {100 * scores.std():.1f}"
-    return f"{-scores.mean():.3f} ± {scores.std():.3f}"
+    scores, digits = (100 * scores, 1) if task == "sentiment" else (-scores, 3)
+    spread = f" ± {scores.std():.{digits}f}" if len(scores) > 1 else ""
+    return f"{scores.mean():.{digits}f}{spread}"
 
 
 def milliseconds(step):
