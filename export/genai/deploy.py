@@ -200,7 +200,7 @@ def _write_rest(
         file.name: file.stat().st_size for file in sorted(folder.iterdir())
     }
     files |= {MANIFEST: 0}
-    text = readme(report, files, tokens, context_length)
+    text = readme(report, files, tokens, context_length, shelf.entries)
     (folder / "README.md").write_text(text, "utf-8")
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     manifest = {

@@ -1,6 +1,7 @@
 """The README of a folder for onnxruntime-genai."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from keras_peft.export.genai.tokenizer import TokenizerFiles
 from keras_peft.export.report import ExportReport
@@ -69,11 +70,41 @@ while not generator.is_done():
     print(generator.get_next_tokens()[0])"""
 
 
+_ADAPTERS = """
+## Adapters
+
+The base answers, or one of {names}. Choose for each request, before its first
+tokens: what was read without an adapter stays in the cache as it is.
+
+```python
+adapters = onnxruntime_genai.Adapters(model)
+adapters.load("{file}", "{name}")
+generator = onnxruntime_genai.Generator(model, options)
+generator.set_active_adapter(adapters, "{name}")
+```
+"""
+
+_VIRTUAL = """
+With {names}, the ids in `tokens` of `manifest.json` stand before those of
+every prompt: they hold the places of virtual tokens.
+
+```python
+tokens = json.load(open("manifest.json"))["adapters"]["{name}"]["tokens"]
+generator.append_tokens([*tokens, *tokenizer.encode(prompt)])
+```
+"""
+
+_TERMINAL = """
+In a terminal: `keras-peft chat . --adapter {name}`.
+"""
+
+
 def readme(
     report: ExportReport,
     files: Mapping[str, int],
     tokens: TokenizerFiles | None,
     context_length: int,
+    adapters: Mapping[str, Any],
 ) -> str:
     """What is in the folder, and code that runs it."""
     length = min(256, context_length)
@@ -92,12 +123,30 @@ def readme(
                 'tokenizer.update_options(add_special_tokens="true")\n'
                 "stream = ",
             )
-    rows = [f"| {n} | {FILES.get(n, '')} |" for n in files]
+    known = FILES | {e["file"]: f"adapter `{n}`" for n, e in adapters.items()}
+    rows = [f"| {n} | {known.get(n, '')} |" for n in files]
     table = "\n".join(["| file | what it is |", "|---|---|", *rows])
     text = _HEAD.format(name=report.model, table=table, code=code)
+    text += _about_adapters(adapters, tokens is not None)
     if report.warning:
         text = f"{report.warning}\n\n{text}"
     if report.notes:
         text += "\n## Notes\n\n" + "\n".join(f"* {n}" for n in report.notes)
         text += "\n"
     return text
+
+
+def _about_adapters(adapters: Mapping[str, Any], takes_text: bool) -> str:
+    """How to switch them on; nothing where there are none."""
+    if not adapters:
+        return ""
+    first, *_ = adapters
+    names = ", ".join(f"`{name}`" for name in adapters)
+    text = _ADAPTERS.format(
+        names=names, name=first, file=adapters[first]["file"]
+    )
+    virtual = [name for name, entry in adapters.items() if entry["tokens"]]
+    if virtual:
+        names = ", ".join(f"`{name}`" for name in virtual)
+        text += _VIRTUAL.format(names=names, name=virtual[0])
+    return text + _TERMINAL.format(name=first) if takes_text else text
