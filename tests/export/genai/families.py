@@ -148,7 +148,14 @@ def qwen3_moe():
 
 
 def gpt_oss():
-    return _other("GptOss", sliding_window=9, head_dim=32, **EXPERTS)
+    """Frequencies and attention as YaRN stretches them."""
+    return _other(
+        "GptOss",
+        sliding_window=9,
+        head_dim=32,
+        rope_scaling_factor=8.0,
+        **EXPERTS,
+    )
 
 
 def mistral():

@@ -59,7 +59,7 @@ def _run(decoder, plan, folder):
 # layer is not one of 64.
 @pytest.mark.parametrize("block_size", [32, 64])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "llama_tied"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo_x", "llama", "llama_tied"])
 def test_integers_stand_for_their_kernels(tmp_path, name, bits, block_size):
     decoder = families.describe(build(name))
     plan = _plan(decoder, lambda k: quantize(k, bits, block_size))
