@@ -29,6 +29,7 @@ from keras_peft.export.patches import integer_arithmetic
 from keras_peft.export.patches import masked_keys
 from keras_peft.export.patches import new_axis
 from keras_peft.export.patches import outer_product
+from keras_peft.export.patches import pixel_attention
 from keras_peft.export.patches import plain_product
 from keras_peft.export.patches import recurrence
 from keras_peft.export.patches import roll
@@ -42,13 +43,14 @@ from keras_peft.export.patches import whole_products
 
 PATCHES: dict[str, tuple[ModuleType, ...]] = {
     # While the process that traces reads the file of a model.
-    "load": (stored_positions,),
+    "load": (pixel_attention, stored_positions),
     "litert": (
         delta_rule,
         fourier,
         integer_arithmetic,
         new_axis,
         outer_product,
+        pixel_attention,
         plain_product,
         recurrence,
         roll,
@@ -60,6 +62,7 @@ PATCHES: dict[str, tuple[ModuleType, ...]] = {
         erfc,
         fourier,
         grouped_convolution,
+        pixel_attention,
         symbolic_size,
         whole_products,
     ),

@@ -22,6 +22,7 @@ from keras_peft.export.patches import integer_arithmetic
 from keras_peft.export.patches import masked_keys
 from keras_peft.export.patches import new_axis
 from keras_peft.export.patches import outer_product
+from keras_peft.export.patches import pixel_attention
 from keras_peft.export.patches import plain_product
 from keras_peft.export.patches import recurrence
 from keras_peft.export.patches import roll
@@ -225,8 +226,9 @@ LENGTHENED: dict[Any, Any] = {
 }
 
 
-# Those that stand between two calls of a model have tests of their own.
-APART = (short_prompt,)
+# Each has a test of its own: there is no model without it, or it stands
+# between two calls of one.
+APART = (pixel_attention, short_prompt)
 
 
 def _patches():
@@ -291,7 +293,7 @@ def _litert_error(model, signature, given, path, but):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "patch",
-    [patch for patch in _patches() if patch not in LENGTHENED],
+    [patch for patch in _patches() if patch not in (*LENGTHENED, *APART)],
     ids=lambda p: p.__name__,
 )
 def test_a_patch_is_needed_and_mends(patch, tmp_path):
@@ -474,3 +476,24 @@ def test_positions_come_back_as_they_were_stored(tmp_path):
     with stored_positions.patched():
         assert np.array_equal(stored(), learned)
     assert _distance(stored(), learned) > 1e-3
+
+
+def test_a_model_may_attend_to_all_pixels():
+    from keras_hub.src.models.mobilenetv5.mobilenetv5_attention import (
+        Attention2d,
+    )
+
+    def model():
+        layer = Attention2d(5, 2, channel_axis=-1, data_format="channels_last")
+        inputs = keras.Input((4, 3, 6))
+        return keras.Model(inputs, layer(inputs)), layer
+
+    pixels = _array(2, 4, 3, 6)
+    with pixel_attention.patched():
+        mended, layer = model()
+        found = mended(pixels)
+    # A few float32 roundings of values of the same size.
+    assert _distance(found, layer(pixels)) <= 2.0**-20
+    if keras.config.backend() == "tensorflow":
+        with pytest.raises(TypeError, match="NoneType"):
+            model()
