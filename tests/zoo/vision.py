@@ -221,6 +221,10 @@ MOBILENET5 = backbone(
     # and output; two to join the last two stages.
     convolutions=1 + 2 + 5 + (2 + 2 * 2 + 1) + 2 + 2,
     default=ONLY_CONVOLUTIONS,
+    unable={
+        "tensorflow": "cannot be made: its attention leaves the number of "
+        "channels to be inferred"
+    },
 )
 
 VGG = backbone(
