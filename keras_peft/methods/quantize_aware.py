@@ -26,9 +26,10 @@ from keras_peft.methods.settings import rank_objection
 
 # Bits of a float32's significand: sums of integers below 2**24 are exact.
 _EXACT_BITS = 24
-# Of what a GPU multiplies float32 by (TF32, 11 bits), less one to be a bound.
+# A GPU multiplies by 11 bits of a float32 (TF32).
 _FACTOR_BITS = 10
-_POWERS = np.exp2(np.arange(-60, 61)).astype("float32")
+# Numbers next to it are 1 apart, on both sides.
+_WHOLE = 1.5 * 2.0**23
 
 
 @keras.saving.register_keras_serializable(package="keras_peft")
@@ -45,8 +46,8 @@ class QuantizeAwareLoRA(Ranked, Method):
     the identity where a level is near, and not at all where `Q` clips.
     Trainable parameters per layer: `rank * (inputs + outputs)`.
 
-    `A` and `scale * B` enter as integers of at most 10 bits times a power of
-    two. Their product is then exact in float32, in whatever order it is
+    `A` and `scale * B` enter rounded to about 10 bits, as multiples of a power
+    of two. Their product is then exact in float32, in whatever order it is
     summed, so that any backend, on a processor or a GPU, rounds to the same
     integers.
 
@@ -107,7 +108,7 @@ class QuantizeAwareLoRA(Ranked, Method):
     def shapes(self, path, layer):
         kernel, rank = kernel_of(layer), self.rank_of(path)
         a, b = (kernel.inputs, rank), (rank, kernel.outputs)
-        blocks = kernel.outputs, block_count(kernel.inputs, self.block_size)
+        blocks = block_count(kernel.inputs, self.block_size), kernel.outputs
         shapes = {"lora_kernel_a": a, "lora_kernel_b": b}
         if self.init in RESIDUAL_INITS:
             shapes |= {"lora_initial_a": a, "lora_initial_b": b}
@@ -156,8 +157,8 @@ class QuantizeAwareAdapter(VariableAdapter):
             self.block_size,
             None if self.observed is None else self.observed.mean_squares,
         )
-        self.inverse_scales.assign(np.float32(1) / scales)
-        self.zero_points.assign(zero_points)
+        self.inverse_scales.assign(1 / scales.T)
+        self.zero_points.assign(zero_points.T)
 
     def _start(self, rng):
         if self.init == "eva":
@@ -166,7 +167,8 @@ class QuantizeAwareAdapter(VariableAdapter):
 
     def additions(self):
         kernel = ops.cast(self.kernel.matrix(), "float32")
-        rounded = self._levels() * self._spread(1.0 / self.inverse_scales)
+        rounded = self._levels() / self._by_block(self.inverse_scales)
+        rounded = ops.reshape(rounded, kernel.shape)
         change = (rounded - kernel) * self.strength
         return [(self.kernel.variable, self.kernel.as_kernel(change))]
 
@@ -183,33 +185,45 @@ class QuantizeAwareAdapter(VariableAdapter):
         `merged` says that the layer's own kernel has become that one.
         """
         convert = ops.convert_to_numpy
-        zero_points = convert(self.zero_points)
         values = convert(self._levels(not merged) + self._zeros())
+        values = values.reshape(self.kernel.inputs, self.kernel.outputs)
         return Blockwise(
             np.ascontiguousarray(values.astype("uint8").T),
-            np.float32(1) / convert(self.inverse_scales),
-            zero_points,
+            np.ascontiguousarray(1 / convert(self.inverse_scales).T),
+            np.ascontiguousarray(convert(self.zero_points).T),
             self.bits,
             self.block_size,
         )
+
+    # Few operations: a model has hundreds of kernels, and compiling what is
+    # done to each takes longer than doing it.
 
     def _levels(self, changed=True):
         """The nearest levels, counted from the zero point, as floats."""
         kernel = ops.cast(self.kernel.matrix(), "float32")
         if changed:
             kernel = kernel + self._change()
-        levels = kernel * self._spread(self.inverse_scales)
-        zeros = self._zeros()
-        levels = ops.clip(levels, -zeros, 2.0**self.bits - 1.0 - zeros)
-        return _straight_through(levels)
+        inverse, zeros = self._by_block(self.inverse_scales), self._zeros()
+        levels = ops.reshape(kernel, (*self._blocks, self.kernel.outputs))
+        levels = ops.clip(levels * inverse, -zeros, 2.0**self.bits - 1 - zeros)
+        return round_to_ulp(levels, _WHOLE)
+
+    @property
+    def _blocks(self):
+        """How the inputs fall into blocks; one axis if one is shorter."""
+        inputs = self.kernel.inputs
+        whole = inputs % self.block_size == 0
+        return (-1, self.block_size) if whole else (inputs,)
 
     def _zeros(self):
-        return self._spread(ops.cast(self.zero_points, "float32"))
+        return self._by_block(ops.cast(self.zero_points, "float32"))
 
-    def _spread(self, blocks):
-        """One entry per block as one per entry of the kernel."""
-        inputs = ops.repeat(ops.transpose(blocks), self.block_size, axis=0)
-        return inputs[: self.kernel.inputs]
+    def _by_block(self, grid):
+        """One entry per block, to be combined with those of the kernel."""
+        if len(self._blocks) == 2:
+            return ops.expand_dims(grid, 1)
+        spread = ops.repeat(grid, self.block_size, axis=0)
+        return spread[: self.kernel.inputs]
 
     def _change(self):
         a, b = self.lora_kernel_a.value, self.lora_kernel_b.value
@@ -221,26 +235,22 @@ class QuantizeAwareAdapter(VariableAdapter):
 
 def exact_product(a, b):
     """`a @ b` of two factors rounded so far that no sum of it rounds."""
-    rank = a.shape[1]
-    bits = min(_FACTOR_BITS, (_EXACT_BITS - math.ceil(math.log2(rank))) // 2)
-    a, unit_a = _as_integers(a, bits)
-    b, unit_b = _as_integers(b, bits)
-    return ops.matmul(a, b) * (unit_a * unit_b)
+    # One bit of each factor is spare: see `round_to_ulp`.
+    bits = (_EXACT_BITS - math.ceil(math.log2(a.shape[1]))) // 2 - 1
+    return ops.matmul(*(_few_bits(x, min(bits, _FACTOR_BITS)) for x in (a, b)))
 
 
-def _as_integers(factor, bits):
-    """`(integers, unit)`, with the unit a power of two.
-
-    The power is looked up rather than computed: a logarithm or a division may
-    differ in its last bit from one machine to the next.
-    """
+def _few_bits(factor, bits):
     largest = ops.stop_gradient(ops.max(ops.abs(factor)))
-    holds = ops.convert_to_tensor(_POWERS) >= largest
-    power = ops.min(ops.where(holds, _POWERS, _POWERS[-1]))
-    inverse = ops.max(ops.where(holds, 1 / _POWERS, 1 / _POWERS[-1]))
-    return _straight_through(factor * (inverse * 2.0**bits)), power / 2.0**bits
+    return round_to_ulp(factor, largest * 2.0 ** (_EXACT_BITS - bits))
 
 
-def _straight_through(x):
-    """`round(x)`, exactly, with the gradient of `x`."""
-    return x + ops.stop_gradient(ops.round(x) - x)
+def round_to_ulp(x, large):
+    """`x`, to the nearest number that can be added to `large` exactly.
+
+    Those are the multiples of a power of two: the distance of `large` to the
+    next number, or half of it below a power of two. Unlike a power that is
+    computed by a logarithm, it is the same on every machine. The gradient is
+    that of `x`: straight through.
+    """
+    return (x + large) - large
