@@ -113,8 +113,10 @@ function startChat(entry) {
   let answer;
   const { model, say, fail } = prepare("chat", entry, {
     token: ({ text }) => {
+      if (!answer.textContent) say("Writing …");
+      const follow = atEnd();
       answer.textContent += text;
-      answer.scrollIntoView({ block: "end" });
+      if (follow) scrollTo(0, document.body.scrollHeight);
     },
   });
   for (const name of Object.keys(entry.adapters))
@@ -135,7 +137,7 @@ function startChat(entry) {
     messages.push({ role: "user", content });
     bubble("user", content);
     const adapter = $("adapter").value;
-    answer = bubble("assistant", "", adapter || "as it is");
+    answer = bubble("assistant", "", adapter);
     busy(true);
     say("Reading …");
     try {
@@ -170,15 +172,19 @@ function startChat(entry) {
 
 function bubble(role, text, adapter = "") {
   const row = $("message").content.cloneNode(true);
-  const item = row.querySelector("li");
-  item.classList.add(role);
+  row.querySelector("li").classList.add(role);
   row.querySelector(".who").textContent =
-    role === "user" ? "You" : `Model, ${adapter}`;
+    role === "user" ? "You" : ["Model", adapter].filter(Boolean).join(", ");
   const body = row.querySelector(".text");
   body.textContent = text;
   $("messages").append(row);
-  item.scrollIntoView({ block: "end" });
+  scrollTo(0, document.body.scrollHeight);
   return body;
+}
+
+/** Whether the newest words are in sight, and should stay so. */
+function atEnd() {
+  return innerHeight + scrollY > document.body.scrollHeight - 100;
 }
 
 // -- Tabs --------------------------------------------------------------------

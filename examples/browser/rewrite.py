@@ -50,6 +50,12 @@ class Rewriter:
                 self._rows(node)
             else:
                 self.nodes.append(node)
+        if bits and not self.new.keys() - {"last"}:
+            raise ValueError(
+                "The model has no kernel that can become int8. Export it with "
+                '`quantize` as `None`, `"int8"` or `"int4"`. Received: '
+                f"constants of {len(self.constants)} names"
+            )
         self._replace()
         return slots
 
@@ -82,11 +88,18 @@ class Rewriter:
         return node.input[1] in self.constants
 
     def _table(self, node):
-        """Whether it looks rows up that a tied head multiplies with."""
-        return any(
-            other.op_type in LINEAR and other.input[1] == node.input[0]
-            for other in self.graph.node
+        """Whether it looks up rows of tokens, of a table that is ours."""
+        plain = node.op_type == "Gather" and node.input[1] == "input_ids"
+        return self._kernel_of(node) is not node or (
+            plain and node.input[0] in self.constants
         )
+
+    def _kernel_of(self, node):
+        """The product that a tied head makes with the table, if there is."""
+        for other in self.graph.node:
+            if other.op_type in LINEAR and other.input[1] == node.input[0]:
+                return other
+        return node
 
     def _product(self, node):
         values, scales = self._integers(node.input[1], node)
@@ -116,12 +129,7 @@ class Rewriter:
 
     def _rows(self, node):
         """Columns of the head: `[hidden, batch, tokens]`, then turned."""
-        head = next(
-            n
-            for n in self.graph.node
-            if n.op_type in LINEAR and n.input[1] == node.input[0]
-        )
-        values, scales = self._integers(node.input[0], head)
+        values, scales = self._integers(node.input[0], self._kernel_of(node))
         # A `Reshape` that follows rows of blocks keeps these as they are.
         ids, out = node.input[1], node.output[0]
         self._add("Gather", [values, ids], f"{out}.columns", axis=1)
@@ -151,7 +159,7 @@ class Rewriter:
         if node.op_type == "MatMulNBits":
             return self._from_blocks(node)
         kernel = numpy_helper.to_array(self.constants[name])
-        return kernel.T if node.op_type == "FusedMatMul" else kernel
+        return kernel if node.op_type == "MatMul" else kernel.T
 
     def _from_blocks(self, node):
         settings = {
