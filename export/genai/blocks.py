@@ -16,33 +16,11 @@ from keras_peft.export.genai.decoder import Norm
 from keras_peft.export.genai.decoder import Rotary
 from keras_peft.export.genai.experts import chosen_experts
 from keras_peft.export.genai.linear import linear
+from keras_peft.export.genai.positions import Step
 from keras_peft.export.genai.positions import alibi
 from keras_peft.export.genai.positions import rotary_angles
 from keras_peft.export.genai.positions import rotary_positions
 from keras_peft.export.genai.writer import Writer
-
-# Added to the score of a token that stands for nothing: no score is near it,
-# and unlike infinity it leaves a row of such tokens finite.
-MASKED = -1e9
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Step:
-    """What all blocks of one call share.
-
-    Attributes:
-        lengths: Tokens so far less one, for each row of the batch.
-        total: Tokens so far.
-        bias: `[batch, 1, tokens, total]`, added to the scores.
-        context_length: Positions that a rotary table needs.
-        positions: Of each token, where an adapter may have a prefix.
-    """
-
-    lengths: ir.Value
-    total: ir.Value
-    bias: ir.Value
-    context_length: int
-    positions: ir.Value | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,12 +101,12 @@ def attention(
 ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
     """`(outputs, (keys, values) so far)`."""
     query, key, value = _projections(writer, layer, x, step)
-    cos, sin, rows, bias = None, None, None, step.bias
+    cos, sin, rows, bias = None, None, None, None
     if layer.rotary is not None:
         cos, sin = rotary_tables(writer, layer.rotary, step.context_length)
-        rows = rotary_positions(writer, layer.rotary, bias, step.lengths)
+        rows = rotary_positions(writer, layer.rotary, step)
     if layer.slopes is not None:
-        bias = alibi(writer, bias, layer.slopes)
+        bias = alibi(writer, layer.slopes, step)
     sinks = None
     if layer.sinks is not None:
         name = f"{layer.query.path}.sinks"
@@ -140,7 +118,7 @@ def attention(
         value,
         *past,
         step.lengths,
-        step.total,
+        _as_int32(writer, step.total),
         cos,
         sin,
         rows,
@@ -158,13 +136,20 @@ def attention(
     return linear(writer, attended, layer.output), (keys, values)
 
 
+def _as_int32(writer: Writer, x: ir.Value) -> ir.Value:
+    return writer.shared(
+        f"int32.{x.name}",
+        lambda: writer.op("Cast", x, to=ir.DataType.INT32.value),
+    )
+
+
 def _projections(
     writer: Writer, layer: Attention, x: ir.Value, step: Step
 ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
     """`(query, key, value)`, or all in one where nothing is between."""
     packed = linear(writer, x, layer.query, layer.key, layer.value)
     plain = layer.query_norm is None and layer.key_norm is None
-    if plain and step.positions is None:
+    if plain and not writer.slots.prefixes:
         return packed, None, None
     sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
     sizes = [size * layer.head_size for size in sizes]
@@ -173,7 +158,7 @@ def _projections(
     )
     query = _head_norm(writer, layer, query, layer.query_norm)
     key = _head_norm(writer, layer, key, layer.key_norm)
-    if step.positions is None:
+    if not writer.slots.prefixes:
         return query, key, value
     return query, *virtual.prefixed(writer, layer, step.positions, key, value)
 

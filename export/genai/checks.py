@@ -81,9 +81,9 @@ def check_weights(decoder: Decoder) -> None:
     found = []
     for part in parts(decoder, Linear):
         found += [(part.key, part.kernel), (part.key, part.bias)]
-    for part in parts(decoder, Norm):
-        found += [(part.path, part.scale), (part.path, part.bias)]
-    found += [(part.key, part.rows) for part in parts(decoder, Table)]
+    for norm in parts(decoder, Norm):
+        found += [(norm.path, norm.scale), (norm.path, norm.bias)]
+    found += [(table.key, table.rows) for table in parts(decoder, Table)]
     wrong = [
         key
         for key, array in found

@@ -108,10 +108,8 @@ def score(logits: np.ndarray, ids: Sequence[int]) -> Scores:
     return Scores(total - true, logits.argmax(axis=-1))
 
 
-def joined(scores: Sequence[Scores]) -> Scores | None:
-    """Scores of all pieces, or `None` of none."""
-    if not scores:
-        return None
+def joined(scores: Sequence[Scores]) -> Scores:
+    """Scores of all pieces."""
     return Scores(
         np.concatenate([each.losses for each in scores]),
         np.concatenate([each.choices for each in scores]),

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 import keras_peft
+from keras_peft.export.blockwise import Blockwise
 from keras_peft.export.deploy import compare_with_export
 from keras_peft.export.folder import FORMAT
 from keras_peft.export.folder import MANIFEST
@@ -45,6 +46,10 @@ from keras_peft.quantize_aware import integers
 # rounding, or an input of a product that falls on the other side of a half
 # when it is made an 8-bit integer.
 SAME_KERNELS = 2.0**-7
+NO_TOKENIZER = (
+    "The folder has no tokenizer, since the model has no preprocessor and "
+    "`tokenizer` was not given: it takes ids."
+)
 _PACKAGES = ("keras", "keras-hub", "onnxruntime", "onnxruntime-genai")
 
 
@@ -70,10 +75,7 @@ def to_genai(
     with whole_folder(folder) as staging:
         tokens = None
         if trained is None:
-            notes.append(
-                "The folder has no tokenizer, since the model has no "
-                "preprocessor and `tokenizer` was not given: it takes ids."
-            )
+            notes.append(NO_TOKENIZER)
         else:
             tokens = write_tokenizer(
                 trained, staging, hf_folder, evaluation or ()
@@ -83,14 +85,9 @@ def to_genai(
         pieces = _pieces(staging, evaluation or calibration)
         judge = Judge(model, decoder, context, pieces)
         exact = _write_exact(judge, decoder, context, staging, shelf)
-        known = {}
-        if quantize in BITS:
-            known = trained_integers(decoder, integers(model))
-        if quantize == "int4" and calibration is not None:
-            rows = calibration_rows(
-                calibration, staging / "tokenizer.json", context
-            )
-            known |= calibrated(decoder, rows, context, known)
+        known = _integers(
+            model, decoder, quantize, calibration, staging, context
+        )
         plan = plan_storage(decoder, quantize, known)
         built = graph.build(decoder, plan, shelf.slots, context)
         graph.save(built, staging)
@@ -110,6 +107,27 @@ def to_genai(
         )
         _write_rest(staging, report, quantize, tokens, context, shelf)
     return report
+
+
+def _integers(
+    model: keras.Model,
+    decoder: Decoder,
+    quantize: str | None,
+    calibration: Sequence[str] | None,
+    folder: Path,
+    context_length: int,
+) -> dict[str, Blockwise]:
+    """What layers trained in, or what calibration chooses for them."""
+    if quantize is None or quantize not in BITS:
+        return {}
+    known = trained_integers(decoder, integers(model))
+    if calibration is None:
+        return known
+    rows = calibration_rows(
+        calibration, folder / "tokenizer.json", context_length
+    )
+    bits = BITS[quantize]
+    return known | calibrated(decoder, rows, context_length, known, bits)
 
 
 def _pieces(folder: Path, texts: Sequence[str] | None) -> list[list[int]]:

@@ -1,9 +1,7 @@
 """From the description of a decoder to an ONNX model."""
 
-import dataclasses
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from keras_peft.export.genai import blocks
@@ -13,6 +11,8 @@ from keras_peft.export.genai.decoder import Decoder
 from keras_peft.export.genai.linear import logits
 from keras_peft.export.genai.linear import product
 from keras_peft.export.genai.linear import rows
+from keras_peft.export.genai.positions import Step
+from keras_peft.export.genai.positions import read_mask
 from keras_peft.export.genai.slots import Slots
 from keras_peft.export.genai.slots import metadata
 from keras_peft.export.genai.storage import Plan
@@ -52,12 +52,9 @@ def build(
         _cache("past_key_values", n, b.attention, "past")
         for n, b in enumerate(decoder.blocks)
     ]
-    step = _step(writer, ids, mask, context_length)
-    if writer.slots.prefixes:
-        where = _positions(writer, ids, mask)
-        step = dataclasses.replace(step, positions=where)
-    stream = _embed(writer, decoder, ids, mask)
-    presents = []
+    step, order = read_mask(writer, ids, mask, context_length)
+    stream = _embed(writer, decoder, order.front(writer, ids), step)
+    presents: list[ir.Value] = []
     for n, layer in enumerate(decoder.blocks):
         stream, present = blocks.block(writer, layer, stream, step, pasts[n])
         names = _cache("present", n, layer.attention, "total")
@@ -69,6 +66,7 @@ def build(
             )
         presents += present
     x, _ = blocks.norm(writer, stream, decoder.norm)
+    x = order.restored(writer, x)
     output = blocks.soft_cap(
         writer, _head(writer, decoder, x), decoder.soft_cap
     )
@@ -122,64 +120,18 @@ def _cache(
     )
 
 
-def _step(
-    writer: Writer, ids: ir.Value, mask: ir.Value, context_length: int
-) -> blocks.Step:
-    """How long each row is, and a bias that hides padding on the left.
-
-    Rows padded on the right, as onnxruntime-genai pads them, are as long as
-    their text: their next keys overwrite those of padding. Rows padded on the
-    left are as long as all of it, and the bias hides the padding; where
-    tokens are turned by their positions, only distances matter.
-    """
-    shape = writer.op("Shape", mask)
-    batch = writer.op("Gather", shape, writer.integers(0), axis=0)
-    total = writer.op("Gather", shape, writer.integers(1), axis=0)
-    first = writer.op("Gather", mask, writer.integers(0), axis=1)
-    on_left = writer.op("Sub", writer.integers(1), first)  # (batch, 1)
-    text = writer.op("ReduceSum", mask, writer.integers(1), keepdims=1)
-    padding = writer.op("Mul", on_left, writer.op("Sub", total, text))
-    length = writer.op(
-        "Sub", writer.op("Add", text, padding), writer.integers(1)
-    )
-    length = writer.op("Squeeze", length, writer.integers(1))
-    hidden = writer.op(
-        "Mul", on_left, writer.op("Sub", writer.integers(1), mask)
-    )
-    bias = writer.op(
-        "Mul",
-        _as(writer, hidden, ir.DataType.FLOAT),
-        writer.number(blocks.MASKED),
-    )
-    tokens = writer.op("Gather", writer.op("Shape", ids), writer.integers(1))
-    like = writer.op("Concat", batch, writer.integers(1), tokens, total, axis=0)
-    bias = writer.op("Unsqueeze", bias, writer.integers(1, 2))
-    whole = writer.op("Squeeze", total, writer.integers(0))
-    return blocks.Step(
-        _as(writer, length, ir.DataType.INT32),
-        _as(writer, whole, ir.DataType.INT32),
-        writer.op("Expand", bias, like),
-        context_length,
-    )
-
-
-def _as(writer: Writer, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-    return writer.op("Cast", x, to=dtype.value)
-
-
 def _embed(
-    writer: Writer, decoder: Decoder, ids: ir.Value, mask: ir.Value
+    writer: Writer, decoder: Decoder, ids: ir.Value, step: Step
 ) -> blocks.Stream:
     x = rows(writer, decoder.table, ids)
     if writer.slots.prompts:
-        where = _positions(writer, ids, mask)
-        x = virtual.prompted(writer, where, x, decoder.hidden_size)
+        x = virtual.prompted(writer, step.positions, x, decoder.hidden_size)
     if decoder.embedding_scale != 1.0:
         x = writer.op("Mul", x, writer.number(decoder.embedding_scale))
     stream = blocks.Stream(x)
     if decoder.positions is not None:
-        where = _positions(writer, ids, mask)
-        stream = blocks.Stream(x, rows(writer, decoder.positions, where))
+        found = rows(writer, decoder.positions, step.positions)
+        stream = blocks.Stream(x, found)
     if decoder.embedding_norm is None:
         return stream
     return blocks.Stream(blocks.norm(writer, stream, decoder.embedding_norm)[0])
@@ -189,18 +141,3 @@ def _head(writer: Writer, decoder: Decoder, x: ir.Value) -> ir.Value:
     if decoder.head is None:
         return logits(writer, decoder.table, x)
     return product(writer, x, decoder.head)
-
-
-def _positions(writer: Writer, ids: ir.Value, mask: ir.Value) -> ir.Value:
-    """How many tokens of text stand before each of the new ones."""
-
-    def make() -> ir.Value:
-        count = writer.op("CumSum", mask, writer.integers(1))
-        before = writer.op("Sub", count, writer.integers(1))
-        before = writer.op("Max", before, writer.integers(0))
-        shape = writer.op("Shape", ids)
-        start = writer.op("Neg", writer.op("Gather", shape, writer.integers(1)))
-        end = writer.integers(np.iinfo("int64").max)
-        return writer.op("Slice", before, start, end, writer.integers(1))
-
-    return writer.shared("positions", make)

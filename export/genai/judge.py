@@ -46,12 +46,10 @@ class Judge:
         ]
         self.bound = compare.bound(model, decoder)
         self.pieces = pieces
-        self.scores = compare.joined(
-            [compare.score(compare.keras_logits(model, p), p) for p in pieces]
-        )
         self.notes: list[str] = []
         self.warning = ""
         self._model = model
+        self.scores = self._scores() if pieces else None
 
     @property
     def keras(self) -> Step:
@@ -88,13 +86,15 @@ class Judge:
             [compare.score(session.logits(p, len(p)), p) for p in self.pieces]
         )
         if name != "float32":
-            self._note(name, scores)
+            self._note(name, self.scores, scores)
             self.warning = warning(name, self._base(), self.scores, scores)
         return dataclasses.replace(found, loss=scores.loss)
 
-    def _note(self, name: str, scores: compare.Scores) -> None:
-        change, error = compare.difference(self.scores, scores)
-        same = float((scores.choices == self.scores.choices).mean())
+    def _note(
+        self, name: str, tuned: compare.Scores, scores: compare.Scores
+    ) -> None:
+        change, error = compare.difference(tuned, scores)
+        same = float((scores.choices == tuned.choices).mean())
         self.notes.append(
             f"On {len(scores.losses)} tokens of text, {name} changes the loss "
             f"by {change:+.4f} ± {error:.4f}; the most likely next token is "
@@ -104,10 +104,13 @@ class Judge:
     def _base(self) -> compare.Scores | None:
         """Scores before fine-tuning, if the model was merged just now."""
         with as_base(self._model) as is_merged:
-            if not is_merged:
-                return None
-            found = [
+            return self._scores() if is_merged else None
+
+    def _scores(self) -> compare.Scores:
+        """Scores of the Keras model as it is now."""
+        return compare.joined(
+            [
                 compare.score(compare.keras_logits(self._model, p), p)
                 for p in self.pieces
             ]
-        return compare.joined(found)
+        )

@@ -110,7 +110,7 @@ def answer(
         shelf.load(str(adapter), "adapter")
         generator.set_active_adapter(shelf, "adapter")
     generator.append_tokens(np.array([ids], "int32"))
-    chosen_by = []
+    chosen_by: list[np.ndarray] = []
     while not generator.is_done() and len(chosen_by) < count:
         chosen_by.append(np.array(generator.get_logits())[0, -1])
         generator.generate_next_token()

@@ -65,7 +65,7 @@ class Writer:
         """A weight or constant, made once for each name."""
         if name not in self.constants:
             array = make() if callable(make) else make
-            tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+            tensor = ir.tensor(np.asarray(array, order="C"), name=name)
             self.constants[name] = self.tape.initializer(tensor, name)
         return self.constants[name]
 
@@ -91,7 +91,7 @@ class Writer:
 
     def number(self, value: float) -> ir.Value:
         """A float32 scalar."""
-        return self.constant(f"number.{value!r}", np.float32(value))
+        return self.constant(f"number.{value!r}", np.array(value, "float32"))
 
     def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
         """`Reshape`; 0 keeps a size, -1 takes what is left."""

@@ -46,8 +46,9 @@ def describe(model: keras.Model) -> Decoder:
             f"exist are for {sorted(FAMILIES)}; another is one file in "
             "`keras_peft/export/genai/families/` with a function "
             "`describe(backbone, reader)` that returns a `Decoder`, and one "
-            f"line in its `FAMILIES`. Received: {type(model).__name__} with "
-            f"backbone={kind}"
+            "line in its `FAMILIES`. Until then, `keras_peft.export.to_onnx` "
+            "exports it without a cache. "
+            f"Received: {type(model).__name__} with backbone={kind}"
         )
     family = importlib.import_module(f"{__name__}.{FAMILIES[kind]}")
     return family.describe(backbone, Reader(model))
