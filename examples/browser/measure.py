@@ -5,7 +5,8 @@ python examples/browser/measure.py TEXT FOLDER [FOLDER ...]
 Each folder is one of `to_genai`. It is measured as it is, and the first, which
 should be in float32, also as `make_site.py` rewrites it. What a form loses is
 the mean negative log-likelihood of tokens of TEXT, less that of the first
-folder. Needs `pip install playwright` and a Chromium.
+folder; KL is its divergence from that one. Needs `pip install playwright` and a
+Chromium.
 """
 
 import shutil
@@ -29,7 +30,7 @@ LOAD = """async (entry) => {
   window.model = await LanguageModel.load(entry);
   return (performance.now() - start) / 1000;
 }"""
-# Tokens per second: of the prompt, and of the quickest step after it.
+# Tokens per second: of the prompt, and of the middle one of steps after it.
 SPEED = """async ([ids, steps]) => {
   model.forget();
   const times = [performance.now()];
@@ -37,7 +38,8 @@ SPEED = """async ([ids, steps]) => {
   for await (const { id } of model.generate(ids, { limit: steps }))
     if (id !== undefined) times.push(performance.now());
   const spans = times.slice(1).map((time, at) => time - times[at]);
-  return [1000 * ids.length / spans[0], 1000 / Math.min(...spans.slice(1))];
+  const sorted = spans.slice(1).sort((a, b) => a - b);
+  return [1000 * ids.length / spans[0], 1000 / sorted[sorted.length >> 1]];
 }"""
 
 
@@ -54,27 +56,33 @@ def forms(folders, out):
     return entries
 
 
-def likelihoods(path, rows):
-    """Of each token of the rows, read in pieces as in the browser."""
+def predictions(path, rows):
+    """`(log-probabilities, what came)` of each token of the second halves.
+
+    Rows are read in pieces, as in the browser.
+    """
     session = onnxruntime.InferenceSession(path / "model.onnx")
     caches = [i for i in session.get_inputs() if i.name.startswith("past")]
-    found = []
+    names = [i.name for i in caches]
+    found, came = [], []
     for row in rows:
         feed = {
             i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), "float32")
             for i in caches
         }
-        ends = [1, *range(1 + PIECE, LENGTH // 2, PIECE)]
-        ends += range(ends[-1] + 1, LENGTH)
+        ends = [1, *range(1 + PIECE, LENGTH // 2 + 2, PIECE)]
+        half = ends[-1]
+        ends += range(half + 1, LENGTH)
         for start, end in zip([0, *ends], ends, strict=False):
             feed["input_ids"] = np.array([row[start:end]])
             feed["attention_mask"] = np.ones((1, end), "int64")
             logits, *present = session.run(None, feed)
-            feed.update(zip([i.name for i in caches], present, strict=True))
-            logits = logits[0, -1] - logits.max()
-            nll = np.log(np.exp(logits).sum()) - logits[row[end]]
-            found.append(nll)
-    return np.array(found)
+            feed.update(zip(names, present, strict=True))
+            if end >= half:
+                logits = logits[0, -1] - logits[0, -1].max()
+                found.append(logits - np.log(np.exp(logits).sum()))
+                came.append(row[end])
+    return np.array(found), np.array(came)
 
 
 def speeds(entries, ids, port):
@@ -112,20 +120,22 @@ def main(text, folders):
         ids = tokenizer.encode(text).ids
         rows = np.array(ids[: PASSAGES * LENGTH]).reshape(PASSAGES, LENGTH)
         measured = speeds(entries, ids[:PROMPT], served.server_port)
-        base = None
-        print("| form | MB | load s | prompt tok/s | answer tok/s | loss |")
+        print("| form | MB | prompt tokens/s | answer tokens/s | loss | KL |")
         print("|---|---|---|---|---|---|")
+        base = None
         for name, (seconds, rates) in measured.items():
             files = entries[name]["files"].values()
             size = sum(file["bytes"] for file in files) / 1e6
-            nll = likelihoods(out / entries[name]["folder"], rows)
-            base = nll if base is None else base
-            lost = nll - base
+            found, came = predictions(out / entries[name]["folder"], rows)
+            base = found if base is None else base
+            lost = (base - found)[np.arange(len(came)), came]
             error = lost.std() / len(lost) ** 0.5
-            prompt, answer = np.max(rates, axis=0)
+            divergence = (np.exp(base) * (base - found)).sum(1).mean()
+            prompt, answer = np.median(rates, axis=0)
             print(
-                f"| {name} | {size:.0f} | {seconds:.1f} | {prompt:.0f} | "
-                f"{answer:.1f} | {lost.mean():+.3f} ± {error:.3f} |",
+                f"| {name}, loaded in {seconds:.1f} s | {size:.0f} "
+                f"| {prompt:.0f} | {answer:.1f} "
+                f"| {lost.mean():+.3f} ± {error:.3f} | {divergence:.4f} |",
                 flush=True,
             )
 
