@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import tempfile
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,17 +58,19 @@ def calibrated(
     rows: np.ndarray,
     context_length: int,
     fixed: Mapping[str, Blockwise],
+    bits: int = 4,
 ) -> dict[str, Blockwise]:
     """`{key: kernel}` of the linear layers of which the inputs are known.
 
-    All go to 4 bits by GPTQ, but for those that lose most by it, as measured:
-    they stay at 8 bits, as far as 9 % more bytes reach.
+    All are rounded by GPTQ. Of those in 4 bits, the ones that lose most by it,
+    as measured, go to 8, as far as 9 % more bytes reach.
 
     Args:
         decoder: What is stored.
         rows: Rows of token ids.
         context_length: As in `graph.build`.
         fixed: Layers that trained in their integers: these stay as they are.
+        bits: 4 or 8.
     """
     kernels = {part.key: part.kernel for part in parts(decoder, Linear)}
     with tempfile.TemporaryDirectory() as folder:
@@ -77,27 +80,47 @@ def calibrated(
             n for n, keys in observed.keys.items() if not fixed.keys() & keys
         ]
 
-        def stored(name: str) -> tuple[Blockwise, Blockwise]:
+        def of(name: str) -> tuple[np.ndarray, np.ndarray]:
             kernel = _joined(kernels, observed.keys[name])
-            gram = grams[observed.inputs[name]]
-            large = search(kernel, 8, importance=np.diagonal(gram))
-            return gptq(kernel, gram, 4), large
+            return kernel, grams[observed.inputs[name]]
 
-        workers = min(4, os.cpu_count() or 1)
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            both = dict(zip(names, pool.map(stored, names), strict=True))
-        groups = _groups(observed, both, rows)
+        chosen = _each(names, lambda name: gptq(*of(name), bits))
+        if bits == 4:
+            large = _each(names, lambda name: _in_8_bits(*of(name)))
+            chosen = _mixed(observed, chosen, large, rows)
+    found: dict[str, Blockwise] = {}
+    for name, whole in chosen.items():
+        found |= _apart(whole, kernels, observed.keys[name])
+    return found
+
+
+def _each(
+    names: Sequence[str], stored: Callable[[str], Blockwise]
+) -> dict[str, Blockwise]:
+    workers = min(4, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return dict(zip(names, pool.map(stored, names), strict=True))
+
+
+def _in_8_bits(kernel: np.ndarray, gram: np.ndarray) -> Blockwise:
+    return search(kernel, 8, importance=np.diagonal(gram))
+
+
+def _mixed(
+    observed: Observed,
+    small: Mapping[str, Blockwise],
+    large: Mapping[str, Blockwise],
+    rows: np.ndarray,
+) -> dict[str, Blockwise]:
+    """Kernels in 4 bits, and in 8 where that helps most."""
+    groups = _groups(observed, small, large, rows)
     least = sum(group.bytes_at_4 for group in groups)
-    small = {
+    fours = {
         name
         for group in in_4_bits(groups, int(least * (1 + EXTRA)))
         for name in group.paths
     }
-    found: dict[str, Blockwise] = {}
-    for name, (at_4, at_8) in both.items():
-        whole = at_4 if name in small else at_8
-        found |= _apart(whole, kernels, observed.keys[name])
-    return found
+    return {n: small[n] if n in fours else large[n] for n in small}
 
 
 def _joined(
@@ -120,15 +143,16 @@ def _apart(
 
 def _groups(
     observed: Observed,
-    both: Mapping[str, tuple[Blockwise, Blockwise]],
+    small: Mapping[str, Blockwise],
+    large: Mapping[str, Blockwise],
     rows: np.ndarray,
 ) -> list[Group]:
     """Each kernel with its loss at 4 bits: the divergence from float32."""
     row = rows[len(rows) // 2]
     exact = observed.log_probabilities(row)
     groups = []
-    for name, (small, large) in both.items():
-        found = observed.log_probabilities(row, {name: small.kernel()})
+    for name, stored in small.items():
+        found = observed.log_probabilities(row, {name: stored.kernel()})
         loss = float((np.exp(exact) * (exact - found)).sum(axis=-1).mean())
-        groups.append(Group((name,), small.nbytes, large.nbytes, loss))
+        groups.append(Group((name,), stored.nbytes, large[name].nbytes, loss))
     return groups

@@ -47,10 +47,8 @@ def plan_storage(
         # what that expert weighs.
         layers.pop(part.router.key, None)
     known = known or {}
-    # In 8 bits, no grid is measurably better than the nearest integers.
-    store = round_to_nearest if BITS[quantize] == 8 else search
     plan = {
-        key: known.get(key) or store(part.kernel, BITS[quantize])
+        key: known.get(key) or search(part.kernel, BITS[quantize])
         for key, part in layers.items()
         if part is not decoder.head
     }

@@ -22,6 +22,7 @@ from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.decoder import parts
 from keras_peft.export.genai.observed import Observed
 from keras_peft.export.genai.plan import plan_storage
+from keras_peft.export.genai.storage import Float
 from keras_peft.export.genai.verdict import warning
 from keras_peft.export.report import ExportReport
 from keras_peft.layer_tree import walk
@@ -80,13 +81,15 @@ def test_the_graph_reads_what_the_layers_of_keras_read(tmp_path, name):
 
 
 @NAMES
-def test_calibration_loses_less_than_the_nearest_integers(tmp_path, name):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_calibration_loses_less_than_the_nearest(tmp_path, name, bits):
     decoder = families.describe(build(name))
-    found = calibrated(decoder, ROWS, 64, {})
+    found = calibrated(decoder, ROWS, 64, {}, bits)
     assert found.keys() == {part.key for part in _linear(decoder)}
-    fours = {p.key: quantize(p.kernel, 4) for p in _linear(decoder)}
-    nearest = {**plan_storage(decoder, "int4"), **fours}
-    ours = plan_storage(decoder, "int4", found)
+    rounded = {p.key: quantize(p.kernel, bits) for p in _linear(decoder)}
+    # The table is left in float32: it would be most of what 8 bits lose.
+    table = {decoder.table.key: Float()}
+    nearest, ours = {**rounded, **table}, {**found, **table}
     losses = [
         _losses(decoder, plan, tmp_path / str(n))
         for n, plan in enumerate((nearest, ours))
@@ -94,7 +97,7 @@ def test_calibration_loses_less_than_the_nearest_integers(tmp_path, name):
     assert losses[1] < 0.7 * losses[0]
     # Grids with zero points, and a little more where it helps.
     least = sum(
-        part.kernel.size // 2 + (4 + 0.5) * part.kernel.size / 32
+        part.kernel.size * bits / 8 + (4 + bits / 8) * part.kernel.size / 32
         for part in _linear(decoder)
     )
     total = sum(stored.nbytes for stored in found.values())
