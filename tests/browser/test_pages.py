@@ -19,7 +19,6 @@ from keras_peft.export import to_genai
 from tests.export.exported import LABELS
 from tests.export.exported import exported
 from tests.export.genai.test_tokenizer import byte_pairs
-from tests.export.genai.test_tokenizer import vocabulary
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -56,28 +55,27 @@ TEXTS = [
 def chat_folder(tmp_path_factory):
     """A small GPT-2 with an adapter, in float32."""
     folder = tmp_path_factory.mktemp("chat")
-    vocab, merges = vocabulary(byte_pairs("gpt2"))
-    tokenizer = keras_hub.models.GPT2Tokenizer(vocab, merges)
+    tokenizer = byte_pairs("smollm2")
     backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=len(vocab),
+        vocabulary_size=tokenizer.get_vocab_size(),
         num_layers=2,
         num_heads=4,
         hidden_dim=64,
         intermediate_dim=96,
         max_sequence_length=512,
     )
-    model = keras_hub.models.GPT2CausalLM(
-        backbone,
-        keras_hub.models.GPT2CausalLMPreprocessor(
-            tokenizer, sequence_length=64
-        ),
-    )
+    model = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
     move(model, 0.1)
     keras_peft.adapt(model, keras_peft.LoRA(rank=4))
     move(model, 0.2)
     keras_peft.save_adapter(model, folder / "formal")
     keras_peft.remove(model)
-    to_genai(model, folder / "out", adapters={"formal": folder / "formal"})
+    to_genai(
+        model,
+        folder / "out",
+        tokenizer=tokenizer,
+        adapters={"formal": folder / "formal"},
+    )
     (folder / "out" / "chat_template.jinja").write_text(TEMPLATE)
     return folder / "out"
 
