@@ -191,8 +191,9 @@ def _holders(backbone):
     for path, layer in layer_tree.walk(backbone):
         if "pool" in path:
             continue  # Its tanh is no setting.
+        held = getattr(layer, "after_kernel", {}).get("activation")
         for attribute in ("activation", "hidden_activation"):
-            found = getattr(layer, attribute, None)
+            found = held or getattr(layer, attribute, None)
             if found not in (None, keras.activations.linear):
                 yield path, layer, attribute
 
@@ -201,12 +202,9 @@ def _activations(names: Names) -> Iterator[tuple[str, Any]]:
     """`(path, function)` of the feed-forward layers' activations."""
     if names.family in _HARD_CODED:
         yield names.backbone.name, _FUNCTIONS[_HARD_CODED[names.family]]
-    for path, layer in layer_tree.walk(names.backbone):
-        held = getattr(layer, "after_kernel", {}).get("activation")
-        if held is not None and "pool" not in path:
-            yield path, keras.activations.get(held)
     for path, layer, attribute in _holders(names.backbone):
-        yield path, keras.activations.get(getattr(layer, attribute))
+        held = getattr(layer, "after_kernel", {}).get("activation")
+        yield path, keras.activations.get(held or getattr(layer, attribute))
 
 
 def _gelu_tanh(x):
