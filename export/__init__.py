@@ -217,9 +217,9 @@ def to_genai(
             few megabytes that the runtimes switch on for single requests;
             without it the base answers. Kernel changes of other methods than
             LoRA are converted; prompts and prefixes take the first tokens of
-            the context. With `{}` the base has places for later ones. At rank
-            8 on all layers an answer takes up to a fifth longer; to ship one
-            adapter alone, merge it.
+            the context. Low ranks on all layers slow an answer down, on
+            queries, keys and values alone hardly; to ship one adapter alone,
+            merge it.
 
     Returns:
         An `ExportReport`; `print` shows size, speed and loss by step.

@@ -36,7 +36,7 @@ class Shelf:
 
     Args:
         model: The base they were trained on.
-        folders: `{name: folder}`, or `None` for a base without places.
+        folders: `{name: folder}`, or `None`: a base without places.
 
     Raises:
         ValueError: If a name is none for a file, or an adapter does not fit.
@@ -47,7 +47,6 @@ class Shelf:
     ):
         _check_names(folders or {})
         self._model, self._folders = model, dict(folders or {})
-        self._has_places = folders is not None
         self.place = 0
         self._changes = {
             name: changes.read(model, folder)
@@ -59,7 +58,7 @@ class Shelf:
         """What places the graph must have."""
         found = self._changes.values()
         return Slots(
-            low_rank=self._has_places,
+            low_rank=any(change.low_rank for change in found),
             prompts=any(change.prompt is not None for change in found),
             prefixes=any(change.prefix is not None for change in found),
         )
