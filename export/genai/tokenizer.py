@@ -319,11 +319,9 @@ def _check_ids(
     if source.files.normalization == "NFC":
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     expected = {"token_ids": _rows(source.encode(texts))}
-    runtime = _runtime(source, folder)
-    runtime.update_options(add_special_tokens="true")
     own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     readers = {
-        "onnxruntime-genai": [runtime.encode(text) for text in texts],
+        "onnxruntime-genai": _encode(source, folder, texts),
         "`tokenizers`": [line.ids for line in own.encode_batch(texts)],
     }
     for reader, rows in readers.items():
@@ -332,6 +330,17 @@ def _check_ids(
         if lines:
             raise ValueError(_differs(source.name, reader, lines, len(texts)))
     return texts
+
+
+def _encode(source: _Trained, folder: Path, texts: Sequence[str]) -> list[Any]:
+    try:
+        runtime = _runtime(source, folder)
+        runtime.update_options(add_special_tokens="true")
+        return [runtime.encode(text) for text in texts]
+    except RuntimeError as error:
+        # Such as an expression that is none of `std::regex`.
+        reason = f"its tokenizer fails on them, with {str(error)!r}"
+        raise ValueError(_no_form(source.name, reason)) from None
 
 
 def _rows(rows: Sequence[Any]) -> list[np.ndarray]:

@@ -190,3 +190,123 @@ def test_the_runtime_reads_what_hugging_face_trained_on(name, tmp_path):
     for text in [*TEXTS, *soup(trained)]:
         text = text.replace("\0", "")
         assert reader.encode(text).tolist() == trained.encode(text).ids, text
+
+
+def test_what_frames_and_ends_a_text_is_returned(tmp_path):
+    trained = preprocessor("Llama3")
+    layer = trained.tokenizer
+    files = write_tokenizer(trained, tmp_path)
+    ends = (layer.end_token_id, layer.end_token2_id)
+    assert files.end_ids == ends and len(set(ends)) == 2
+    assert (files.start_id, files.add_bos) == (layer.start_token_id, True)
+    trained.add_start_token = False
+    assert not write_tokenizer(trained, tmp_path).add_bos
+    assert not write_tokenizer(layer, tmp_path).add_bos
+
+
+def test_a_chat_starts_as_a_text_of_training(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    trained = preprocessor("Llama")
+    write_tokenizer(trained, tmp_path / "out", tmp_path)
+    reader = runtime(tmp_path / "out")
+    reader.update_options(add_special_tokens="false")
+    chat = [{"role": "user", "content": "What is 2 + 2?"}]
+    text = "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
+    fed = trained.generate_preprocess([text], sequence_length=64)
+    expected = np.asarray(fed["token_ids"])[np.asarray(fed["padding_mask"])]
+    # The runtime writes the name of the start token, and so its id.
+    prompt = reader.apply_chat_template(json.dumps(chat))
+    assert reader.encode(prompt).tolist() == expected.tolist()
+
+
+def test_long_words_do_not_end_the_process(tmp_path):
+    trained = hub_tokenizer("GPT2")
+    write_tokenizer(trained, tmp_path)
+    text = "漢字" * 20_000
+    ids = runtime(tmp_path).encode(text)
+    assert runtime(tmp_path).decode(ids) == text
+
+
+def test_a_mark_that_composes_letters_is_left_to_the_application(tmp_path):
+    trained = byte_pairs("qwen")
+    trained.normalizer = tokenizers.normalizers.NFC()
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"eos_token_id": 0}))
+    files = write_tokenizer(trained, tmp_path / "out", tmp_path)
+    assert files.normalization == "NFC"
+    text = "Café"
+    assert runtime(tmp_path / "out").encode(text).tolist() == (
+        trained.encode("Cafe\u0301").ids
+    )
+
+
+def lower_case(tokenizer):
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+
+
+def spaced(tokenizer):
+    level = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = level
+
+
+def at_punctuation(tokenizer):
+    split = pre_tokenizers.Punctuation()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, NO_SPLIT])
+
+
+def by_letters(tokenizer):
+    """An expression that `std::regex` takes for one of bytes."""
+    tokenizer.pre_tokenizer = by_expression(r"[a-zé]+|[^a-zé]+")
+
+
+def ended(tokenizer):
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 4)]
+    )
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lower_case, "normalizes a text first"),
+        (spaced, "splits a text in a way"),
+        (at_punctuation, "Punctuation"),
+        (by_letters, "its tokenizer fails"),
+        (ended, "frames a text"),
+    ],
+)
+def test_what_the_runtime_cannot_compute_is_refused(change, words, tmp_path):
+    trained = byte_pairs("gpt2")
+    change(trained)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"eos_token_id": 0}))
+    with pytest.raises(ValueError, match=f"(?s){words}.*Received: Tokenizer"):
+        write_tokenizer(trained, tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pieces_cut_out_of_a_text_with_a_space_in_front_are_refused(tmp_path):
+    proto = sentence_piece(user_defined_symbols=["<|user|>"])
+    layer = keras_hub.models.LlamaTokenizer(proto)
+    with pytest.raises(ValueError, match=r"(?s)lines differ.*<\|user\|>"):
+        write_tokenizer(layer, tmp_path)
+
+
+def test_a_unigram_model_is_refused(tmp_path):
+    trained = tokenizers.Tokenizer(models.Unigram([("a", 0.0)], 0))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    with pytest.raises(ValueError, match="its model is `Unigram`"):
+        write_tokenizer(trained, tmp_path / "out", tmp_path)
+
+
+def test_a_template_that_the_runtime_cannot_render_is_refused(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{% for m in %}")
+    with pytest.raises(ValueError, match="cannot apply the chat template"):
+        write_tokenizer(hub_tokenizer("GPT2"), tmp_path / "out", tmp_path)
+
+
+def test_an_end_must_be_known(tmp_path):
+    with pytest.raises(ValueError, match="Pass `hf_folder`"):
+        write_tokenizer(byte_pairs("gpt2"), tmp_path)
+    with pytest.raises(TypeError, match="Received: trained=None"):
+        write_tokenizer(None, tmp_path)
