@@ -26,10 +26,9 @@ from keras_peft.methods.settings import rank_objection
 
 # Bits of a float32's significand: sums of integers below 2**24 are exact.
 _EXACT_BITS = 24
-# A GPU multiplies by 11 bits of a float32 (TF32).
+# A GPU multiplies by 11 bits of a float32 (TF32); one is for the bound.
 _FACTOR_BITS = 10
-# Numbers next to it are 1 apart, on both sides.
-_WHOLE = 1.5 * 2.0**23
+_POWERS = np.exp2(np.arange(-60, 61)).astype("float32")
 
 
 @keras.saving.register_keras_serializable(package="keras_peft")
@@ -167,7 +166,8 @@ class QuantizeAwareAdapter(VariableAdapter):
 
     def additions(self):
         kernel = ops.cast(self.kernel.matrix(), "float32")
-        rounded = self._levels() / self._by_block(self.inverse_scales)
+        scales = 1.0 / self.inverse_scales
+        rounded = self._levels() * self._by_block(scales)
         rounded = ops.reshape(rounded, kernel.shape)
         change = (rounded - kernel) * self.strength
         return [(self.kernel.variable, self.kernel.as_kernel(change))]
@@ -206,7 +206,7 @@ class QuantizeAwareAdapter(VariableAdapter):
         inverse, zeros = self._by_block(self.inverse_scales), self._zeros()
         levels = ops.reshape(kernel, (*self._blocks, self.kernel.outputs))
         levels = ops.clip(levels * inverse, -zeros, 2.0**self.bits - 1 - zeros)
-        return round_to_ulp(levels, _WHOLE)
+        return _straight_through(levels)
 
     @property
     def _blocks(self):
@@ -235,22 +235,25 @@ class QuantizeAwareAdapter(VariableAdapter):
 
 def exact_product(a, b):
     """`a @ b` of two factors rounded so far that no sum of it rounds."""
-    # One bit of each factor is spare: see `round_to_ulp`.
-    bits = (_EXACT_BITS - math.ceil(math.log2(a.shape[1]))) // 2 - 1
-    return ops.matmul(*(_few_bits(x, min(bits, _FACTOR_BITS)) for x in (a, b)))
+    bits = (_EXACT_BITS - math.ceil(math.log2(a.shape[1]))) // 2
+    a, unit_a = _as_integers(a, min(bits, _FACTOR_BITS))
+    b, unit_b = _as_integers(b, min(bits, _FACTOR_BITS))
+    return ops.matmul(a, b) * (unit_a * unit_b)
 
 
-def _few_bits(factor, bits):
-    largest = ops.stop_gradient(ops.max(ops.abs(factor)))
-    return round_to_ulp(factor, largest * 2.0 ** (_EXACT_BITS - bits))
+def _as_integers(factor, bits):
+    """`(integers, unit)`, with the unit a power of two.
 
-
-def round_to_ulp(x, large):
-    """`x`, to the nearest number that can be added to `large` exactly.
-
-    Those are the multiples of a power of two: the distance of `large` to the
-    next number, or half of it below a power of two. Unlike a power that is
-    computed by a logarithm, it is the same on every machine. The gradient is
-    that of `x`: straight through.
+    The power is looked up rather than computed: a logarithm or a division may
+    differ in its last bit from one machine to the next.
     """
-    return (x + large) - large
+    largest = ops.stop_gradient(ops.max(ops.abs(factor)))
+    holds = ops.convert_to_tensor(_POWERS) >= largest
+    power = ops.min(ops.where(holds, _POWERS, _POWERS[-1]))
+    inverse = ops.max(ops.where(holds, 1 / _POWERS, 1 / _POWERS[-1]))
+    return _straight_through(factor * (inverse * 2.0**bits)), power / 2.0**bits
+
+
+def _straight_through(x):
+    """`round(x)`, exactly, with the gradient of `x`."""
+    return x + ops.stop_gradient(ops.round(x) - x)
