@@ -56,6 +56,11 @@ def chat_folder(tmp_path_factory):
     """A small GPT-2 with an adapter, in float32."""
     folder = tmp_path_factory.mktemp("chat")
     tokenizer = byte_pairs("smollm2")
+    for name, settings in (
+        ("config.json", {"eos_token_id": 0}),
+        ("tokenizer_config.json", {"chat_template": TEMPLATE}),
+    ):
+        (folder / name).write_text(json.dumps(settings))
     backbone = keras_hub.models.GPT2Backbone(
         vocabulary_size=tokenizer.get_vocab_size(),
         num_layers=2,
@@ -74,9 +79,10 @@ def chat_folder(tmp_path_factory):
         model,
         folder / "out",
         tokenizer=tokenizer,
+        hf_folder=folder,
+        context_length=512,
         adapters={"formal": folder / "formal"},
     )
-    (folder / "out" / "chat_template.jinja").write_text(TEMPLATE)
     return folder / "out"
 
 
@@ -112,7 +118,7 @@ def page(browser, site):
     context = browser.new_context(viewport={"width": 390, "height": 844})
     found = context.new_page()
     failures = []
-    found.on("pageerror", failures.append)
+    found.on("pageerror", lambda error: failures.append(error))
     found.goto(f"http://127.0.0.1:{served.server_port}/")
     yield found
     context.close()
