@@ -22,6 +22,7 @@ from typing import Any
 
 from keras_peft.export.patches import delta_rule
 from keras_peft.export.patches import erfc
+from keras_peft.export.patches import erfinv
 from keras_peft.export.patches import fourier
 from keras_peft.export.patches import fused_attention
 from keras_peft.export.patches import grouped_convolution
@@ -66,7 +67,7 @@ PATCHES: dict[str, tuple[ModuleType, ...]] = {
         symbolic_size,
         whole_products,
     ),
-    "torch": (symbolic_integer, symbolic_repeat, take_along_axis),
+    "torch": (erfinv, symbolic_integer, symbolic_repeat, take_along_axis),
 }
 # For TensorFlow, by the backend that a model comes from.
 COMING_FROM: dict[str, tuple[ModuleType, ...]] = {

@@ -15,6 +15,7 @@ from keras_peft.export import patches
 from keras_peft.export.litert import flatbuffer
 from keras_peft.export.patches import delta_rule
 from keras_peft.export.patches import erfc
+from keras_peft.export.patches import erfinv
 from keras_peft.export.patches import fourier
 from keras_peft.export.patches import fused_attention
 from keras_peft.export.patches import grouped_convolution
@@ -72,6 +73,18 @@ def _taking():
 
     inputs = keras.Input((None,))
     return keras.Model(inputs, Places()(inputs))
+
+
+def _quantiles():
+    """The inverse of the error function, nearly to its ends."""
+
+    @keras.saving.register_keras_serializable("tests")
+    class Quantile(keras.layers.Layer):
+        def call(self, inputs):
+            return keras.ops.erfinv(0.999 * keras.ops.tanh(inputs))
+
+    inputs = keras.Input((None,))
+    return keras.Model(inputs, Quantile()(inputs))
 
 
 def _mixing():
@@ -206,6 +219,7 @@ def _delta_rules():
 NEEDS: dict[Any, Any] = {
     delta_rule: _delta_rules,
     erfc: _gelu,
+    erfinv: _quantiles,
     fourier: _mixing,
     grouped_convolution: _convolution,
     integer_arithmetic: _distances,
