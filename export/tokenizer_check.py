@@ -74,8 +74,8 @@ def around(tokens: Sequence[str]) -> list[str]:
 
 def differing_lines(
     texts: Sequence[str],
-    expected: Mapping[str, np.ndarray],
-    found: Mapping[str, np.ndarray],
+    expected: Mapping[str, np.ndarray | Sequence[np.ndarray]],
+    found: Mapping[str, np.ndarray | Sequence[np.ndarray]],
     id_to_token: Callable[[int], str],
 ) -> list[str]:
     """One sentence per text whose inputs are not those that Keras makes."""

@@ -126,9 +126,9 @@ def framing(folder: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
     """Which tokens start and end a text, by the names of keras-hub."""
     config = _read(folder / "tokenizer_config.json")
     ends = [_content(config.get("eos_token")), *_ends(folder, tokenizer)]
-    ends = list(dict.fromkeys(end for end in ends if end))
+    unique = dict.fromkeys(end for end in ends if end)
     names = ("end_token", "end_token2")  # keras-hub knows no third.
-    found = dict(zip(names, ends, strict=False))
+    found = dict(zip(names, unique, strict=False))
     framed = tokenizer.encode("a")
     bare = tokenizer.encode("a", add_special_tokens=False)
     if len(framed.ids) > len(bare.ids):
@@ -144,9 +144,9 @@ def _padding(
 ) -> int:
     ends = {special.get("end_token"), special.get("end_token2")}
     token = _content(_read(folder / "tokenizer_config.json").get("pad_token"))
-    theirs = (
-        tokenizer.token_to_id(token) if token not in {None, *ends} else None
-    )
+    theirs = None
+    if token is not None and token not in ends:
+        theirs = tokenizer.token_to_id(token)
     choices = [theirs, pad_id, 0, 1, 2]
     return next(
         id

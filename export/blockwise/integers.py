@@ -121,11 +121,13 @@ def concatenate(parts: Sequence[Blockwise]) -> Blockwise:
             "inputs, bits and inputs per block. Received: (inputs, bits, "
             f"block_size)={sorted(formats)}"
         )
-    joined = (
-        np.concatenate([getattr(part, name) for part in parts])
-        for name in ("values", "scales", "zero_points")
+    return Blockwise(
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate([part.zero_points for part in parts]),
+        parts[0].bits,
+        parts[0].block_size,
     )
-    return Blockwise(*joined, parts[0].bits, parts[0].block_size)
 
 
 def check_format(bits: int, block_size: int) -> None:

@@ -173,7 +173,7 @@ def _read_layer(
     )
     if isinstance(layer, SentencePieceTokenizer):
         _add_control_pieces(tokenizer, files)
-    front = [start] if files.add_bos else []
+    front = [] if start is None or not files.add_bos else [start]
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         rows = layer(list(texts))
@@ -197,8 +197,10 @@ def _add_control_pieces(
     Their names end in a letter that is none, since keras-hub does not match
     them in a text: a user who types `</s>` does not end it.
     """
-    ids = {*files.end_ids, files.pad_id, files.start_id} - {None}
-    tokenizer.add_special_tokens([tokenizer.id_to_token(id) for id in ids])
+    ids = {*files.end_ids, files.pad_id, files.start_id}
+    tokenizer.add_special_tokens(
+        [tokenizer.id_to_token(id) for id in ids if id is not None]
+    )
 
 
 def _read_hf(
@@ -272,7 +274,7 @@ def _write(source: _Trained, folder: Path) -> None:
         raise ValueError(_no_form(source.name, str(error))) from None
     files, name_of = source.files, source.tokenizer.id_to_token
     special = set(_added(source.tokenizer))
-    names = {"eos_token": name_of(files.end_ids[0])}
+    names: dict[str, Any] = {"eos_token": name_of(files.end_ids[0])}
     if files.start_id is not None:
         names["bos_token"] = name_of(files.start_id)
     # keras-hub pads with the id 0, whatever token that is.

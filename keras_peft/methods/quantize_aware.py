@@ -179,7 +179,7 @@ class QuantizeAwareAdapter(VariableAdapter):
         change *= float(self.strength)
         return [(self.kernel.variable, self.kernel.from_matrix(change))]
 
-    def integers(self, merged=False) -> Blockwise:
+    def integers(self, merged: bool = False) -> Blockwise:
         """The kernel that the layer computes with, as it ships.
 
         `merged` says that the layer's own kernel has become that one.

@@ -12,13 +12,13 @@ import onnxruntime
 import pytest
 import safetensors.numpy
 import tokenizers
+from exported import LABELS
+from exported import exported
 from serve import server
+from test_shipped_tokenizer import byte_pairs
 
 import keras_peft
 from keras_peft.export import to_genai
-from tests.export.exported import LABELS
-from tests.export.exported import exported
-from tests.export.genai.test_tokenizer import byte_pairs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:

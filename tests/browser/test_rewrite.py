@@ -4,6 +4,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from described import VOCABULARY
+from described import build
 from rewrite import Rewriter
 
 from keras_peft.export.blockwise import quantize
@@ -12,8 +14,6 @@ from keras_peft.export.genai import graph
 from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.decoder import parts
 from keras_peft.export.genai.slots import Slots
-from tests.export.genai.families import VOCABULARY
-from tests.export.genai.families import build
 
 IDS = np.random.default_rng(7).integers(1, VOCABULARY, (1, 11))
 NAMES = ("gpt2", "llama", "llama_tied")

@@ -1,6 +1,7 @@
 """Gemma 1, 2 and 3: scaled rows, norms on both sides, caps and windows."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -39,7 +40,7 @@ def _norm(layer: keras.Layer, reader: Reader) -> Norm:
 
 
 def _block(layer: keras.Layer, reader: Reader) -> Block:
-    after = {}
+    after: dict[str, Any] = {}
     if layer.use_post_attention_norm:
         after["attention_out_norm"] = _norm(layer.post_attention_norm, reader)
     if layer.use_post_ffw_norm:
@@ -62,7 +63,7 @@ def _attention(layer: keras.Layer, reader: Reader) -> Attention:
     size = layer.head_dim
     if not layer.query_head_dim_normalize:
         size = layer.hidden_dim // layer.num_query_heads
-    norms = {}
+    norms: dict[str, Any] = {}
     is_third = hasattr(layer, "use_query_key_norm")
     if is_third and layer.use_query_key_norm:
         norms["query_norm"] = _norm(layer.query_norm, reader)

@@ -91,11 +91,13 @@ def test_the_bytes_are_those_of_the_formula(bits):
     assert stored.nbytes == 8 * (96 * bits // 8 + 3 * 4 + zero_points)
 
 
-def arrays(values=(5, 64), scales=(5, 2), largest=15):
-    return (
-        np.full(values, largest, "uint8"),
+def blockwise(scales=(5, 2), largest=15):
+    return Blockwise(
+        np.full((5, 64), largest, "uint8"),
         np.ones(scales, "float32"),
         np.zeros(scales, "uint8"),
+        4,
+        32,
     )
 
 
@@ -106,11 +108,11 @@ def arrays(values=(5, 64), scales=(5, 2), largest=15):
         (lambda: quantize(random_kernel(64), 4, 24), "a power of two"),
         (lambda: quantize(random_kernel(64), 4, 8), "16 at least"),
         (
-            lambda: Blockwise(*arrays(scales=(5, 3)), 4, 32),
+            lambda: blockwise(scales=(5, 3)),
             "`scales` must be a float32 array of shape (5, 2)",
         ),
         (
-            lambda: Blockwise(*arrays(largest=16), 4, 32),
+            lambda: blockwise(largest=16),
             "`values` must fit into 4 bits",
         ),
         (

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import onnxruntime
+from described import VOCABULARY
+from described import logits
 
 import keras_peft
 from keras_peft.export.genai import adapter_file
@@ -17,8 +19,6 @@ from keras_peft.export.genai.decoder import parts
 from keras_peft.export.genai.slots import BASE
 from keras_peft.export.genai.slots import LAYERS
 from keras_peft.export.genai.slots import Slots
-from tests.export.genai.families import VOCABULARY
-from tests.export.genai.families import logits
 
 # Some hundred float32 products summed in another order, in a few layers, each
 # off by 2**-24, relative to the largest logit.

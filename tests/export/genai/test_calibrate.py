@@ -7,6 +7,9 @@ import keras
 import numpy as np
 import onnx
 import pytest
+from described import VOCABULARY
+from described import build
+from stepping import Stepping
 
 import keras_peft
 from keras_peft import quantize_aware
@@ -27,9 +30,6 @@ from keras_peft.export.genai.verdict import warning
 from keras_peft.export.report import ExportReport
 from keras_peft.layer_tree import walk
 from keras_peft.merge import as_base
-from tests.export.genai.families import VOCABULARY
-from tests.export.genai.families import build
-from tests.export.genai.stepping import Stepping
 
 ROWS = np.random.default_rng(0).integers(1, VOCABULARY, (4, 32))
 NAMES = pytest.mark.parametrize("name", ["llama_tied", "gpt2"])

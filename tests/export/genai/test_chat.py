@@ -10,12 +10,12 @@ import keras_hub
 import numpy as np
 import onnxruntime_genai
 import pytest
+from described import logits
+from test_shipped_tokenizer import byte_pairs
 
 import keras_peft
 from keras_peft.export import to_genai
 from keras_peft_cli.chat import Folder
-from tests.export.genai.families import logits
-from tests.export.genai.test_tokenizer import byte_pairs
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"

@@ -9,17 +9,17 @@ import keras_hub
 import numpy as np
 import onnxruntime_genai
 import pytest
+from described import FAMILIES
+from described import VOCABULARY
+from described import build
+from described import logits
+from test_shipped_tokenizer import byte_pairs
+from test_shipped_tokenizer import vocabulary
 
 import keras_peft
 from keras_peft.export import to_genai
 from keras_peft.export import verify
 from keras_peft.export.genai import checks
-from tests.export.genai.families import FAMILIES
-from tests.export.genai.families import VOCABULARY
-from tests.export.genai.families import build
-from tests.export.genai.families import logits
-from tests.export.genai.test_tokenizer import byte_pairs
-from tests.export.genai.test_tokenizer import vocabulary
 
 # The last token of the table's models: it ends an answer and fills a batch.
 END = VOCABULARY - 1

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
+from described import FAMILIES
+from described import VOCABULARY
+from described import build
+from described import logits
+from stepping import Stepping
 
 from keras_peft.export.genai import families
 from keras_peft.export.genai import graph
-from tests.export.genai.families import FAMILIES
-from tests.export.genai.families import VOCABULARY
-from tests.export.genai.families import build
-from tests.export.genai.families import logits
-from tests.export.genai.stepping import Stepping
 
 # Two orders of summing some hundred float32 products in a few layers, each
 # off by 2**-24, relative to the largest logit.

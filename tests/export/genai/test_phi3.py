@@ -3,14 +3,14 @@
 import keras
 import numpy as np
 import pytest
+from described import VOCABULARY
+from described import logits
+from described import moved
+from described import phi3_switching
+from stepping import Stepping
 
 from keras_peft.export.genai import families
 from keras_peft.export.genai import graph
-from tests.export.genai.families import VOCABULARY
-from tests.export.genai.families import logits
-from tests.export.genai.families import moved
-from tests.export.genai.families import phi3_switching
-from tests.export.genai.stepping import Stepping
 
 # As in test_families.py: two orders of summing.
 TOLERANCE = 2e-5

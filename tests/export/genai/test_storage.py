@@ -5,6 +5,9 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 import pytest
+from described import VOCABULARY
+from described import build
+from stepping import Stepping
 
 from keras_peft.export.blockwise import Blockwise
 from keras_peft.export.blockwise import quantize
@@ -14,9 +17,6 @@ from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.decoder import Table
 from keras_peft.export.genai.decoder import parts
 from keras_peft.export.genai.storage import Float
-from tests.export.genai.families import VOCABULARY
-from tests.export.genai.families import build
-from tests.export.genai.stepping import Stepping
 
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 12))
 

@@ -3,19 +3,19 @@
 import numpy as np
 import onnxruntime_genai
 import pytest
+from adapted import IDS
+from adapted import PLACES
+from adapted import Exported
+from adapted import close
+from adapted import trained
+from described import FAMILIES
+from described import build
+from described import logits
 
 import keras_peft
 from keras_peft.export.genai.decoder import Rotary
 from keras_peft.export.genai.decoder import parts
 from keras_peft.export.genai.slots import Slots
-from tests.export.genai.adapted import IDS
-from tests.export.genai.adapted import PLACES
-from tests.export.genai.adapted import Exported
-from tests.export.genai.adapted import close
-from tests.export.genai.adapted import trained
-from tests.export.genai.families import FAMILIES
-from tests.export.genai.families import build
-from tests.export.genai.families import logits
 
 TOKENS = 5
 METHODS = {

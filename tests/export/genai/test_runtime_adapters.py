@@ -1,11 +1,18 @@
 """Adapters over one exported base, from files that the runtimes switch."""
 
-
 import keras
 import numpy as np
 import onnxruntime
 import onnxruntime_genai
 import pytest
+from adapted import IDS
+from adapted import PLACES
+from adapted import Exported
+from adapted import close
+from adapted import trained
+from described import FAMILIES
+from described import build
+from described import logits
 
 import keras_peft
 from keras_peft.export.blockwise import quantize
@@ -15,14 +22,6 @@ from keras_peft.export.genai import families
 from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.decoder import parts
 from keras_peft.export.genai.slots import Slots
-from tests.export.genai.adapted import IDS
-from tests.export.genai.adapted import PLACES
-from tests.export.genai.adapted import Exported
-from tests.export.genai.adapted import close
-from tests.export.genai.adapted import trained
-from tests.export.genai.families import FAMILIES
-from tests.export.genai.families import build
-from tests.export.genai.families import logits
 
 LORA = keras_peft.LoRA(rank=3, alpha=5)
 METHODS = {
