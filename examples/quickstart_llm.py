@@ -30,7 +30,7 @@ DATA = Path(__file__).parent / "data"
 OUTPUT = Path("quickstart-llm-output")
 APP = OUTPUT / "app"
 QUESTIONS = ("What do you think of marriage?",)
-STEPS = 48
+STEPS = 24
 # Characters of a novel that make about as many tokens as a row has.
 PASSAGE = 480
 
@@ -80,7 +80,7 @@ def load():
 
 
 def compile_for(model, steps):
-    rate = keras.optimizers.schedules.PolynomialDecay(2e-4, steps)
+    rate = keras.optimizers.schedules.PolynomialDecay(4e-4, steps)
     model.compile(
         optimizer=keras.optimizers.AdamW(rate, weight_decay=0.01),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -104,9 +104,9 @@ def train(model, name, task):
     model.preprocessor.sequence_length = length
     keras_peft.adapt(model, keras_peft.LoRA(rank=8), targets="all-linear")
     compile_for(model, STEPS)
-    before = held_out(model, test[: 8 * rows], rows)
+    before = held_out(model, test[: 4 * rows], rows)
     model.fit(texts[: STEPS * rows], batch_size=rows, verbose=0)
-    after = held_out(model, test[: 8 * rows], rows)
+    after = held_out(model, test[: 4 * rows], rows)
     keras_peft.save_adapter(model, OUTPUT / name)
     keras_peft.remove(model)
     return before, after

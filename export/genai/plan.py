@@ -46,8 +46,8 @@ def plan_storage(
         # what that expert weighs.
         layers.pop(part.router.key, None)
     known = known or {}
-    # A search that knows nothing of the inputs gives up the largest weights
-    # for the many: next to the few huge inputs of some models, that is worse.
+    # A search that knows nothing of the inputs was worse on real weights: it
+    # gives up the largest ones for the many.
     plan = {
         key: known.get(key) or round_to_nearest(part.kernel, BITS[quantize])
         for key, part in layers.items()
