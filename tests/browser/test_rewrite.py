@@ -22,7 +22,7 @@ NAMES = ("gpt2", "llama", "llama_tied")
 def on_grid(model):
     """Kernels that int8 with a scale per output holds exactly."""
     for layer in model._flatten_layers():
-        for name in ("_kernel", "_embeddings"):
+        for name in ("_kernel", "_embeddings", "reverse_embeddings"):
             weight = getattr(layer, name, None)
             if weight is not None:
                 weight.assign(_to_grid(np.array(weight)))
