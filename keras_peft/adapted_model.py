@@ -137,6 +137,7 @@ def install(model, name, adapter, head, initialize=False, observed=None):
     state = model.peft
     state.adapters[name] = adapter
     state.heads[name] = state.heads[None]
+    layer_tree.forget_compiled(model, optimizer=False)
 
 
 def _become_adapted(model, head):

@@ -109,6 +109,29 @@ def test_disabled_is_the_base_and_ends_even_after_an_error():
     assert len(model.trainable_variables) == trained
 
 
+@pytest.mark.parametrize("kind", ["adapt", "load"])
+def test_a_new_adapter_is_in_what_was_compiled_before(kind, tmp_path):
+    model = build("functional")
+    inputs = data("functional")[0]
+    before = model.predict(inputs, verbose=0)
+    if kind == "adapt":
+        keras_peft.adapt(model, keras_peft.LoRA(2))
+        randomize(model)
+    else:
+        other = keras_peft.adapt(build("functional"), keras_peft.LoRA(2))
+        randomize(other)
+        keras_peft.save_adapter(other, tmp_path / "adapter")
+        keras_peft.load_adapter(model, tmp_path / "adapter")
+    after = model.predict(inputs, verbose=0)
+    assert not np.allclose(after, before)
+    with keras_peft.disabled(model):
+        off = model.predict(inputs, verbose=0)
+    # Two programs, of which compilers join operations in two ways: each of
+    # these numbers, below 1, may round a few times more.
+    assert np.allclose(off, before, rtol=0, atol=1e-6)
+    assert np.array_equal(model.predict(inputs, verbose=0), after)
+
+
 @pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="torch compiles nothing here"
 )

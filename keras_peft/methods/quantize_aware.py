@@ -120,9 +120,6 @@ class QuantizeAwareLoRA(Ranked, Method):
 class QuantizeAwareAdapter(VariableAdapter):
     """The quantization-aware LoRA of one layer."""
 
-    # Compiled while it is off, TensorFlow leaves it off.
-    structural = True
-
     def __init__(self, method, path, layer, name):
         self.kernel = kernel_of(layer)
         self.rank = method.rank_of(path)
