@@ -50,14 +50,24 @@ def smollm2(folder):
 
 def convert(file, folder):
     """Writes a GGUF file of a Llama architecture in Hugging Face's layout."""
-    reader = GGUFReader(file)
-    fields = {key: field.contents() for key, field in reader.fields.items()}
+    reader, fields = read(file)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = config(fields)
-    write(folder / "config.json", settings)
     write(folder / "tokenizer_config.json", tokenizer_config(fields))
     tokenizer(fields).save(str(folder / "tokenizer.json"))
     vocabulary(folder)
+    write_model(reader, fields, folder)
+
+
+def read(file):
+    """A GGUF file, and what it says of its model."""
+    reader = GGUFReader(file)
+    return reader, {k: field.contents() for k, field in reader.fields.items()}
+
+
+def write_model(reader, fields, folder):
+    """Writes the weights and what they are of."""
+    settings = config(fields)
+    write(folder / "config.json", settings)
     safetensors.numpy.save_file(
         dict(weights(reader, settings)),
         folder / "model.safetensors",
