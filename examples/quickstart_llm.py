@@ -57,8 +57,8 @@ def passages(novel):
     return found
 
 
-# `{name: (texts to train on, texts to test on, tokens and rows of a batch)}`
-def tasks():
+def read_tasks():
+    """`{name: (texts to train on and to test on, tokens, rows of a batch)}`."""
     return {
         "dialogues": (dialogues("train"), dialogues("test"), 64, 16),
         "novel": (
@@ -116,11 +116,12 @@ def main(questions):
     start = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
     keras.utils.set_random_seed(0)
+    tasks = read_tasks()
     model = load()
     table = Table(title="Loss of held-out tokens")
     for column in ("Adapter", "Before", "After", "On disk"):
         table.add_column(column, justify="right")
-    for name, task in tasks().items():
+    for name, task in tasks.items():
         print(f"Fine-tuning on {name}: {STEPS} steps.")
         before, after = train(model, name, task)
         size = folder_size(OUTPUT / name)
@@ -130,7 +131,7 @@ def main(questions):
     Console().print(table)
 
     print("Exporting in 4 bits with both adapters, and checking the folder.")
-    texts = tasks().values()
+    texts = tasks.values()
     report = keras_peft.export.to_genai(
         model,
         APP,
@@ -138,12 +139,12 @@ def main(questions):
         calibration=[text for task in texts for text in task[0][:16]],
         evaluation=[text for task in texts for text in task[1][:8]],
         hf_folder=OUTPUT / "smollm2",
-        adapters={name: OUTPUT / name for name in tasks()},
+        adapters={name: OUTPUT / name for name in tasks},
     )
     print(report)
     print(f"To ship: {APP}, {folder_size(APP) / 1e6:.0f} MB")
     print(f"{time.perf_counter() - start:.0f} seconds in all.\n")
-    answer(questions or QUESTIONS)
+    answer(questions or QUESTIONS, tasks)
     webbrowser.open((APP / "report.html").resolve().as_uri())
 
 
@@ -151,12 +152,12 @@ def folder_size(folder):
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
-def answer(questions):
+def answer(questions, adapters):
     """Asks the exported folder: onnxruntime-genai alone, no Keras."""
     chat = [sys.executable, "-m", "keras_peft_cli.main", "chat", str(APP)]
     for question in questions:
         print(f"> {question}")
-        for name in (None, *tasks()):
+        for name in (None, *adapters):
             print(f"[{name or 'as it is'}] ", end="", flush=True)
             adapter = ["--adapter", name] if name else []
             command = [*chat, "--max-tokens", "60", *adapter]
