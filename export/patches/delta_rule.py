@@ -9,11 +9,17 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 
+from keras_peft.export.replacing import replaced
+
+# More steps than any text has.
+_FOREVER = 2**31 - 1
+
 
 def _scan(step: Callable[..., Any], state: Any, *sequences: Any) -> Any:
     """`(last state, outputs)` of steps over the second axis of sequences.
 
-    The loop is that of Keras' recurrent layers.
+    The loop is that of Keras' recurrent layers, which ends with the sequences;
+    it cannot read their length off a nest of them.
     """
     from keras.src import backend
 
@@ -21,7 +27,9 @@ def _scan(step: Callable[..., Any], state: Any, *sequences: Any) -> Any:
         state, output = step(states[0], *now)
         return output, [state]
 
-    _, outputs, (state,) = backend.rnn(turn, sequences, [state])
+    _, outputs, (state,) = backend.rnn(
+        turn, sequences, [state], input_length=_FOREVER
+    )
     return state, outputs
 
 
@@ -102,16 +110,14 @@ def patched() -> Iterator[None]:
     except ImportError:
         yield
         return
-    real = qwen3_5_gated_delta_net._chunk_gated_delta_rule
     # Every layer keeps the rule that it was made with; a property of its
     # class comes first.
     names = ("RWKV7_OP", "RWKV7_OP_INFERENCE")
-    qwen3_5_gated_delta_net._chunk_gated_delta_rule = _gated
     for name in names:
         setattr(RWKV7TimeMix, name, property(lambda layer: _rwkv))
     try:
-        yield
+        with replaced(qwen3_5_gated_delta_net, _chunk_gated_delta_rule=_gated):
+            yield
     finally:
-        qwen3_5_gated_delta_net._chunk_gated_delta_rule = real
         for name in names:
             delattr(RWKV7TimeMix, name)

@@ -3,9 +3,10 @@
 ONNX has no operator for it, and torch's exporter no other words.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
+
+from keras_peft.export.replacing import replaced
 
 # Single precision, from Giles, "Approximating the erfinv function" (2010):
 # polynomials of w = -log(1 - x^2), for w below 5 and above.
@@ -21,13 +22,10 @@ _FAR = (
 )
 
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """Computes it by polynomials."""
     import torch
     from keras.src.backend.torch import math
-
-    real = math.erfinv
 
     def erfinv(x: Any) -> Any:
         x = math.convert_to_tensor(x)
@@ -36,11 +34,7 @@ def patched() -> Iterator[None]:
         far = _polynomial(_FAR, torch.sqrt(torch.clamp(w, min=5.0)) - 3.0)
         return x * torch.where(w < 5.0, near, far)
 
-    math.erfinv = erfinv
-    try:
-        yield
-    finally:
-        math.erfinv = real
+    return replaced(math, erfinv=erfinv)
 
 
 def _polynomial(factors: tuple[float, ...], x: Any) -> Any:

@@ -3,26 +3,20 @@
 Complex numbers stop tf2onnx and LiteRT.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
 
+from keras_peft.export.replacing import replaced
+
 ops = keras.ops
 
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """Transforms without complex numbers."""
-    module = keras.src.backend.math
-    real = module.fft2
-    module.fft2 = _fft2
-    try:
-        yield
-    finally:
-        module.fft2 = real
+    return replaced(keras.src.backend.math, fft2=_fft2)
 
 
 def _fft2(x: Any) -> Any:

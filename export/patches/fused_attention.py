@@ -9,21 +9,17 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from keras_peft.export.replacing import replaced
+
 _NAME = "fused_attention_op_available"
 
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
     """Answers in every module of keras-hub that fused attention is there."""
-    real = {
-        module: getattr(module, _NAME)
-        for name, module in list(sys.modules.items())
-        if name.startswith("keras_hub.") and hasattr(module, _NAME)
-    }
-    for module in real:
-        setattr(module, _NAME, lambda: True)
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("keras_hub.") and hasattr(module, _NAME):
+                answer = {_NAME: lambda: True}
+                stack.enter_context(replaced(module, **answer))
         yield
-    finally:
-        for module, function in real.items():
-            setattr(module, _NAME, function)

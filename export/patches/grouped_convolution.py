@@ -4,13 +4,13 @@ Keras compiles them with `jit_compile=True` on TensorFlow: a call that tf2onnx
 cannot look into.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+from keras_peft.export.replacing import replaced
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+
+def patched() -> AbstractContextManager[None]:
     """Leaves functions to be compiled by XLA as they are."""
     import tensorflow as tf
 
@@ -21,8 +21,4 @@ def patched() -> Iterator[None]:
             return (lambda f: f) if function is None else function
         return real(function, **options) if function else real(**options)
 
-    tf.function = traceable
-    try:
-        yield
-    finally:
-        tf.function = real
+    return replaced(tf, function=traceable)

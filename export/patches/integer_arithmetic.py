@@ -4,13 +4,13 @@ LiteRT takes the sign of floating-point numbers alone, and the magnitude of
 every type but 64-bit integers. DeBERTa computes distances in them.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+from keras_peft.export.replacing import replaced
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+
+def patched() -> AbstractContextManager[None]:
     """Replaces `tf.abs` and `tf.sign`, which Keras calls."""
     import tensorflow as tf
 
@@ -27,8 +27,4 @@ def patched() -> Iterator[None]:
         one = tf.ones([], x.dtype)
         return tf.minimum(tf.maximum(x, -one), one)
 
-    tf.abs, tf.sign = absolute, sign
-    try:
-        yield
-    finally:
-        tf.abs, tf.sign = real
+    return replaced(tf, abs=absolute, sign=sign)

@@ -4,15 +4,15 @@ From the mask of a text they make one column. Elsewhere than on torch it is
 handed to attention as it is, where it masks queries: padding is attended to.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
 
+from keras_peft.export.replacing import replaced
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+
+def patched() -> AbstractContextManager[None]:
     """Turns masks of one column into masks of one row."""
     real = keras.ops.dot_product_attention
 
@@ -23,8 +23,4 @@ def patched() -> Iterator[None]:
             mask = keras.ops.swapaxes(mask, -1, -2)
         return real(query, key, value, mask=mask, **options)
 
-    keras.ops.dot_product_attention = attention
-    try:
-        yield
-    finally:
-        keras.ops.dot_product_attention = real
+    return replaced(keras.ops, dot_product_attention=attention)

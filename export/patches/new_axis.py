@@ -5,13 +5,13 @@ free size among them the converter gives up on `StridedSlice`, in the attention
 of Llama, Gemma, T5 and CLIP.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+from keras_peft.export.replacing import replaced
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+
+def patched() -> AbstractContextManager[None]:
     """Slices first, and expands the result."""
     import tensorflow as tf
 
@@ -32,11 +32,7 @@ def patched() -> Iterator[None]:
             axis += k is None or isinstance(k, slice)
         return tensor
 
-    tf.Tensor.__getitem__ = getitem
-    try:
-        yield
-    finally:
-        tf.Tensor.__getitem__ = real
+    return replaced(tf.Tensor, __getitem__=getitem)
 
 
 def _without_ellipsis(keys: tuple[Any, ...], rank: int) -> tuple[Any, ...]:

@@ -4,13 +4,13 @@ The LiteRT converter does without `Einsum` only where all sizes but one are
 known. In the angles of Gemma 4, rows and tokens are free.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+from keras_peft.export.replacing import replaced
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+
+def patched() -> AbstractContextManager[None]:
     """Replaces `tf.einsum`, which Keras calls."""
     import tensorflow as tf
 
@@ -26,11 +26,7 @@ def patched() -> Iterator[None]:
             first = tf.multiply(first, factor)
         return first
 
-    tf.einsum = einsum
-    try:
-        yield
-    finally:
-        tf.einsum = real
+    return replaced(tf, einsum=einsum)
 
 
 def _is_outer(parts: list[str], output: str) -> bool:

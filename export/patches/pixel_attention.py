@@ -4,23 +4,23 @@ keras-hub leaves that number to be inferred. TensorFlow cannot where the number
 of rows is free: a model with such a block is neither made nor loaded there.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from typing import Any
 
 from keras import ops
 
+from keras_peft.export.replacing import replaced
+
 _MODULE = "keras_hub.src.models.mobilenetv5.mobilenetv5_attention"
 
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """Replaces the call of the layer, where channels come last."""
     module = sys.modules.get(_MODULE)
     if module is None:
-        yield
-        return
+        return nullcontext()
     layer = module.Attention2d
     real = layer.call
 
@@ -31,11 +31,7 @@ def patched() -> Iterator[None]:
         function = _call if last else real
         return function(self, x, attn_mask=attn_mask, training=training)
 
-    layer.call = call
-    try:
-        yield
-    finally:
-        layer.call = real
+    return replaced(layer, call=call)
 
 
 def _call(self: Any, x: Any, attn_mask: Any, training: bool) -> Any:

@@ -4,13 +4,13 @@ Keras multiplies sequences by a kernel with `tf.tensordot`, which TensorFlow
 writes as a dozen operators around a product of two axes.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+from keras_peft.export.replacing import replaced
 
-@contextlib.contextmanager
-def patched(tables: bool = False) -> Iterator[None]:
+
+def patched(tables: bool = False) -> AbstractContextManager[None]:
     """Replaces `tf.tensordot`, which Keras calls.
 
     `tables` says whether to take transposed kernels too: tables of tokens that
@@ -28,8 +28,4 @@ def patched(tables: bool = False) -> Iterator[None]:
             return tf.matmul(a, b, name=name)
         return real(a, b, axes, name)
 
-    tf.tensordot = tensordot
-    try:
-        yield
-    finally:
-        tf.tensordot = real
+    return replaced(tf, tensordot=tensordot)

@@ -4,13 +4,13 @@ Keras collects their outputs in a list of tensors, which the LiteRT converter
 takes for fixed batch sizes only.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+from keras_peft.export.replacing import replaced
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+
+def patched() -> AbstractContextManager[None]:
     """Replaces the loop of Keras' TensorFlow backend."""
     from keras.src import backend
 
@@ -21,11 +21,7 @@ def patched() -> Iterator[None]:
             return real(*args, unroll=True, **options)
         return _rnn(*args, **options)
 
-    backend.rnn = rnn
-    try:
-        yield
-    finally:
-        backend.rnn = real
+    return replaced(backend, rnn=rnn)
 
 
 def _rnn(

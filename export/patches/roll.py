@@ -3,23 +3,18 @@
 LiteRT has no operator for it.
 """
 
-import contextlib
-from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+from keras_peft.export.replacing import replaced
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+
+def patched() -> AbstractContextManager[None]:
     """Replaces `tf.roll`, which Keras calls."""
     import tensorflow as tf
 
-    real = tf.roll
-    tf.roll = _roll
-    try:
-        yield
-    finally:
-        tf.roll = real
+    return replaced(tf, roll=_roll)
 
 
 def _roll(

@@ -5,12 +5,14 @@ values until `configure_scheduler`, is forgotten by a file of the model, and
 passes over `num_steps`, which is an input. Here it follows from that input.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from typing import Any
 
 from keras import ops
+
+from keras_peft.export.replacing import replaced
 
 _MODULE = (
     "keras_hub.src.models.stable_diffusion_3."
@@ -18,19 +20,12 @@ _MODULE = (
 )
 
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """Within, schedules have as many steps as the model is told."""
     if _MODULE not in sys.modules:
-        yield
-        return
+        return nullcontext()
     scheduler = sys.modules[_MODULE].FlowMatchEulerDiscreteScheduler
-    call = scheduler.call
-    scheduler.call = _call
-    try:
-        yield
-    finally:
-        scheduler.call = call
+    return replaced(scheduler, call=_call)
 
 
 def _call(self: Any, inputs: Any, num_steps: Any) -> tuple[Any, Any]:

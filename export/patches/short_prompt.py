@@ -4,23 +4,23 @@ keras-hub masks as many places as there are tokens, and all of a cache must be
 masked; its own generation fills a cache at once.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from typing import Any
 
 import keras
 
+from keras_peft.export.replacing import replaced
+
 _MODULE = "keras_hub.src.models.gemma3n.gemma3n_causal_lm"
 
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """Takes every place of a cache for one of the text."""
     module = sys.modules.get(_MODULE)
     if module is None:
-        yield
-        return
+        return nullcontext()
     model = module.Gemma3nCausalLM
     real = model.call_with_cache
 
@@ -45,8 +45,4 @@ def patched() -> Iterator[None]:
             **options,
         )
 
-    model.call_with_cache = call_with_cache
-    try:
-        yield
-    finally:
-        model.call_with_cache = real
+    return replaced(model, call_with_cache=call_with_cache)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import keras
 
+from keras_peft.export.replacing import replaced
+
 _LAYERS = {
     "keras_hub.src.models.dinov2.dinov2_layers": "DINOV2Embedding",
     "keras_hub.src.models.sam3.sam3_layers": "SAM3Embedding",
@@ -19,15 +21,10 @@ _LAYERS = {
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
     """Loads all weights of these layers, as of any other."""
-    real = {
-        kind: kind.load_own_variables
-        for module, name in _LAYERS.items()
-        if (kind := getattr(sys.modules.get(module), name, None)) is not None
-    }
-    for kind in real:
-        kind.load_own_variables = keras.layers.Layer.load_own_variables
-    try:
+    load = keras.layers.Layer.load_own_variables
+    with contextlib.ExitStack() as stack:
+        for module, name in _LAYERS.items():
+            kind = getattr(sys.modules.get(module), name, None)
+            if kind is not None:
+                stack.enter_context(replaced(kind, load_own_variables=load))
         yield
-    finally:
-        for kind, load in real.items():
-            kind.load_own_variables = load

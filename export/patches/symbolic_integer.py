@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from keras_peft.export.replacing import replaced
+
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
@@ -24,9 +26,8 @@ def patched() -> Iterator[None]:
         return (torch.scalar_tensor if symbolic else real)(data, **options)
 
     table[torch.SymInt] = "int32"
-    torch.as_tensor = as_tensor
     try:
-        yield
+        with replaced(torch, as_tensor=as_tensor):
+            yield
     finally:
-        torch.as_tensor = real
         del table[torch.SymInt]

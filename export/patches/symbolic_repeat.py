@@ -3,13 +3,13 @@
 Keras makes a tensor of the symbol: a count that the tracer knows nothing of.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+from keras_peft.export.replacing import replaced
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+
+def patched() -> AbstractContextManager[None]:
     """Repeats by views where the count is symbolic."""
     import torch
     from keras.src.backend.torch import numpy
@@ -25,8 +25,4 @@ def patched() -> Iterator[None]:
         count[axis + 1] = repeats
         return x.unsqueeze(axis + 1).repeat(count).flatten(axis, axis + 1)
 
-    numpy.repeat = repeat
-    try:
-        yield
-    finally:
-        numpy.repeat = real
+    return replaced(numpy, repeat=repeat)

@@ -8,6 +8,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from keras_peft.export.replacing import replaced
+
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
@@ -23,8 +25,8 @@ def patched() -> Iterator[None]:
         function = image._resize if symbolic else real
         return function(images, size, *args, **options)
 
-    image.resize = keras.ops.image.resize = resize
-    try:
+    with (
+        replaced(image, resize=resize),
+        replaced(keras.ops.image, resize=resize),
+    ):
         yield
-    finally:
-        image.resize = keras.ops.image.resize = real

@@ -3,13 +3,13 @@
 torch's own function asks for sizes as numbers, which fixes them.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+from keras_peft.export.replacing import replaced
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+
+def patched() -> AbstractContextManager[None]:
     """Gathers with indices that are spread over the other axes first."""
     import torch
     from keras.src.backend.torch import numpy
@@ -25,8 +25,4 @@ def patched() -> Iterator[None]:
         shape[axis] = indices.shape[axis]
         return torch.gather(x, axis, indices.expand(shape))
 
-    numpy.take_along_axis = take_along_axis
-    try:
-        yield
-    finally:
-        numpy.take_along_axis = real
+    return replaced(numpy, take_along_axis=take_along_axis)

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 from keras_peft.export.patches import plain_product
+from keras_peft.export.replacing import replaced
 
 
 @contextlib.contextmanager
@@ -17,14 +18,13 @@ def patched() -> Iterator[None]:
     """Traces `x @ kernel` as one product, and leaves einsums whole."""
     from tf2onnx import optimizer
 
-    split = optimizer._optimizers
-    optimizer._optimizers = type(split)(
+    kept = type(optimizer._optimizers)(
         (key, value)
-        for key, value in split.items()
+        for key, value in optimizer._optimizers.items()
         if key != "einsum_optimizer"
     )
-    try:
-        with plain_product.patched(tables=True):
-            yield
-    finally:
-        optimizer._optimizers = split
+    with (
+        replaced(optimizer, _optimizers=kept),
+        plain_product.patched(tables=True),
+    ):
+        yield
