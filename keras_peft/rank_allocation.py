@@ -2,9 +2,11 @@
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_peft import adapter_state
 from keras_peft import importance
+from keras_peft.compiling import compiled
 from keras_peft.methods.adalora import AdaLoRA
 from keras_peft.methods.settings import check_positive_integer
 
@@ -49,7 +51,8 @@ class RankAllocator(keras.callbacks.Callback):
         name: Which of the model's adapters.
 
     Attributes:
-        ranks: `{path: rank}` of the layers, after the latest pruning.
+        ranks: `{path: rank}` of the layers, after the latest pruning: how many
+            singular values it left.
 
     Raises:
         ValueError: if an argument is out of its range; when training starts,
@@ -97,6 +100,8 @@ class RankAllocator(keras.callbacks.Callback):
         self._plan(adapters)
         learned = [v for leaf in adapters.values() for v in leaf.learned]
         self.importance = importance.watch(model, learned, self.betas)
+        # One program each, as the layers may be hundreds.
+        self._scores, self._cut = compiled(_scores), compiled(_cut)
         self.pruned = False
 
     def _adapters(self, model):
@@ -179,34 +184,54 @@ class RankAllocator(keras.callbacks.Callback):
 
     def _prune(self, model, last):
         adapters = adapter_state.leaves(model, self.name)
-        scores = {path: self._scores(leaf) for path, leaf in adapters.items()}
+        leaves = adapters.values()
+        sums = [
+            [_tensors(self.importance.of(v)) for v in leaf.learned]
+            for leaf in leaves
+        ]
+        masks = _tensors(leaf.adalora_mask for leaf in leaves)
+        scores = _numpy(self._scores(sums, masks))
         budget = self.last_budget if last else self.budget(self.step)
-        ordered = np.argsort(-np.concatenate([*scores.values()]), kind="stable")
-        kept = np.zeros(len(ordered), "float32")
+        ordered = np.argsort(-scores, kind="stable")
+        kept = np.zeros(len(scores), "float32")
         kept[ordered[:budget]] = 1.0
-        for leaf in adapters.values():
+        kept[scores == -np.inf] = 0.0
+        left = self._cut(_tensors(leaf.adalora_e for leaf in leaves), kept)
+        self.ranks = {}
+        for (path, leaf), values in zip(adapters.items(), left, strict=True):
             (rank,) = leaf.adalora_mask.shape
             mask, kept = kept[:rank], kept[rank:]
-            leaf.adalora_e.assign(leaf.adalora_e * mask)
+            leaf.adalora_e.assign(values)
             if last:
                 leaf.adalora_mask.assign(mask)
+            self.ranks[path] = int(mask.sum())
         self.pruned = last
-        self.ranks = {
-            path: int(np.count_nonzero(_numpy(leaf.adalora_e)))
-            for path, leaf in adapters.items()
-        }
 
-    def _scores(self, leaf):
-        """The importance of each singular value; `-inf` where there is none."""
-        p, e, q = (
-            np.multiply(
-                *map(_numpy, self.importance.of(variable)), dtype="float64"
-            )
-            for variable in (leaf.adalora_p, leaf.adalora_e, leaf.adalora_q)
-        )
-        scores = e + p.mean(axis=0) + q.mean(axis=1)
-        return np.where(_numpy(leaf.adalora_mask) > 0, scores, -np.inf)
+
+def _scores(sums, masks):
+    """The importance of every singular value, layer after layer.
+
+    `sums` has, for each layer, `(sensitivity, uncertainty)` of `P`, `E` and
+    `Q`. A value that is gone gets `-inf`.
+    """
+    found = []
+    for pairs, mask in zip(sums, masks, strict=True):
+        p, e, q = (ops.multiply(*pair) for pair in pairs)
+        score = e + ops.mean(p, axis=0) + ops.mean(q, axis=1)
+        found.append(ops.where(mask > 0, score, -np.inf))
+    return ops.concatenate(found)
+
+
+def _cut(values, kept):
+    """`values` of each layer, zero where they are not `kept`."""
+    ends = np.cumsum([value.shape[0] for value in values])[:-1]
+    parts = ops.split(kept, ends.tolist())
+    return [v * part for v, part in zip(values, parts, strict=True)]
+
+
+def _tensors(variables):
+    return [ops.convert_to_tensor(variable) for variable in variables]
 
 
 def _numpy(variable):
-    return keras.ops.convert_to_numpy(variable)
+    return ops.convert_to_numpy(variable)
