@@ -19,6 +19,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_peft.complete_configs import complete_configs
 from keras_peft.export import worker
 from keras_peft.export.signature import Signature
 from keras_peft.export.trace_child import trace_here
@@ -153,7 +154,8 @@ def _write_request(
 ) -> list[str]:
     """Returns the modules that the request needs."""
     folder = path.parent
-    model.save(folder / "model.keras")
+    with complete_configs():
+        model.save(folder / "model.keras")
     arrays: dict[str, Any] = dict(sample)
     np.savez(folder / "sample.npz", **arrays)
     request = dataclasses.asdict(signature)

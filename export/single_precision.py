@@ -7,6 +7,8 @@ from pathlib import Path
 
 import keras
 
+from keras_peft.complete_configs import complete_configs
+
 _LESS = re.compile(r'"(?:mixed_)?b?float16"')
 
 
@@ -38,7 +40,8 @@ def as_float32(model: keras.Model) -> keras.Model:
     """
     with tempfile.TemporaryDirectory() as name:
         saved, copy = Path(name) / "saved.keras", Path(name) / "copy.keras"
-        model.save(saved)
+        with complete_configs():
+            model.save(saved)
         with zipfile.ZipFile(saved) as old, zipfile.ZipFile(copy, "w") as new:
             for entry in old.namelist():
                 content = old.read(entry)

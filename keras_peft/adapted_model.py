@@ -12,6 +12,7 @@ from keras_peft.adapter_state import leaves
 from keras_peft.adapter_state import named
 from keras_peft.adapter_state import read
 from keras_peft.adapter_state import state_of
+from keras_peft.complete_configs import complete_configs
 from keras_peft.patterns import lies_in
 
 
@@ -24,7 +25,7 @@ class AdaptedModel:
 
     def get_config(self):
         state = self.peft
-        with layer_tree.plain(self):
+        with layer_tree.plain(self), complete_configs():
             base = keras.saving.serialize_keras_object(self)
         base.pop("compile_config", None)
         adapters = {

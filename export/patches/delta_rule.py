@@ -9,7 +9,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 # More steps than any text has.
 _FOREVER = 2**31 - 1

@@ -6,7 +6,7 @@ ONNX has no operator for it, and torch's exporter no other words.
 from contextlib import AbstractContextManager
 from typing import Any
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 # Single precision, from Giles, "Approximating the erfinv function" (2010):
 # polynomials of w = -log(1 - x^2), for w below 5 and above.

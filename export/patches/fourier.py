@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 ops = keras.ops
 

@@ -9,7 +9,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 _NAME = "fused_attention_op_available"
 

@@ -7,7 +7,7 @@ cannot look into.
 from contextlib import AbstractContextManager
 from typing import Any
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 
 def patched() -> AbstractContextManager[None]:

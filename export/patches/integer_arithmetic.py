@@ -7,7 +7,7 @@ every type but 64-bit integers. DeBERTa computes distances in them.
 from contextlib import AbstractContextManager
 from typing import Any
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 
 def patched() -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ of Llama, Gemma, T5 and CLIP.
 from contextlib import AbstractContextManager
 from typing import Any
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 
 def patched() -> AbstractContextManager[None]:

@@ -7,7 +7,7 @@ known. In the angles of Gemma 4, rows and tokens are free.
 from contextlib import AbstractContextManager
 from typing import Any
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 
 def patched() -> AbstractContextManager[None]:

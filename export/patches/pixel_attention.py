@@ -11,7 +11,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 _MODULE = "keras_hub.src.models.mobilenetv5.mobilenetv5_attention"
 

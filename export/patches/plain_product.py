@@ -7,7 +7,7 @@ writes as a dozen operators around a product of two axes.
 from contextlib import AbstractContextManager
 from typing import Any
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 
 def patched(tables: bool = False) -> AbstractContextManager[None]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 
 def patched() -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 _MODULE = (
     "keras_hub.src.models.stable_diffusion_3."

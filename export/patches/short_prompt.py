@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 _MODULE = "keras_hub.src.models.gemma3n.gemma3n_causal_lm"
 

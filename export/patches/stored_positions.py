@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import keras
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 _LAYERS = {
     "keras_hub.src.models.dinov2.dinov2_layers": "DINOV2Embedding",

@@ -6,7 +6,7 @@ Keras makes a tensor of the symbol: a count that the tracer knows nothing of.
 from contextlib import AbstractContextManager
 from typing import Any
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 
 def patched() -> AbstractContextManager[None]:

@@ -6,7 +6,7 @@ torch's own function asks for sizes as numbers, which fixes them.
 from contextlib import AbstractContextManager
 from typing import Any
 
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 
 def patched() -> AbstractContextManager[None]:

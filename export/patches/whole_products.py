@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 from keras_peft.export.patches import plain_product
-from keras_peft.export.replacing import replaced
+from keras_peft.replacing import replaced
 
 
 @contextlib.contextmanager
