@@ -86,7 +86,7 @@ BACKBONES = {
     "vit": keras_hub.models.ViTBackbone,
 }
 HEADED = {
-    "bert": transformers.BertForMaskedLM,
+    "bert": transformers.BertForPreTraining,
     "roberta": transformers.RobertaForMaskedLM,
     "distilbert": transformers.DistilBertForMaskedLM,
     "gpt2": transformers.GPT2LMHeadModel,
