@@ -52,15 +52,33 @@ def norm(
         )
         return found, stream
     name = "SkipSimplifiedLayerNormalization"
+    addend, offset = _bias_apart(stream.addend)
     found, _, _, total = writer.fused(
         name if layer.is_rms else "SkipLayerNormalization",
         stream.value,
-        stream.addend,
+        addend,
         *rest,
+        *([] if offset is None else [offset]),
         outputs=4,
         epsilon=float(layer.epsilon),
     )
     return found, Stream(total)
+
+
+def _bias_apart(addend: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """What a bias is added to, and the bias: the norm adds it too.
+
+    The runtime would join them itself, but only next to a product. A place for
+    an adapter between the two would then change the order of the sum.
+    """
+    node = addend.producer()
+    if node is None or (node.domain, node.op_type) != ("", "Add"):
+        return addend, None
+    value, bias = node.inputs
+    constant = bias is not None and bias.const_value is not None
+    if value is None or not constant:
+        return addend, None
+    return value, bias
 
 
 def block(
@@ -160,7 +178,8 @@ def _projections(
     key = _head_norm(writer, layer, key, layer.key_norm)
     if not writer.slots.prefixes:
         return query, key, value
-    return query, *virtual.prefixed(writer, layer, step.positions, key, value)
+    places = step.positions(writer)
+    return query, *virtual.prefixed(writer, layer, places, key, value)
 
 
 def _head_norm(

@@ -18,6 +18,7 @@ from keras_peft.export.genai.slots import metadata
 from keras_peft.export.genai.storage import Plan
 from keras_peft.export.genai.writer import MICROSOFT
 from keras_peft.export.genai.writer import Writer
+from keras_peft.export.passes.rewriting import drop_unused
 
 OPSET, IR_VERSION = 21, 10
 HEAD_SIZES = 16
@@ -82,12 +83,14 @@ def build(
         opset_imports={"": OPSET, MICROSOFT: 1},
         name=decoder.genai_type,
     )
-    return ir.Model(
+    model = ir.Model(
         graph,
         ir_version=IR_VERSION,
         producer_name="keras_peft",
         metadata_props=metadata(writer, decoder),
     )
+    drop_unused(model)
+    return model
 
 
 def _check_heads(decoder: Decoder) -> None:
@@ -125,12 +128,13 @@ def _embed(
 ) -> blocks.Stream:
     x = rows(writer, decoder.table, ids)
     if writer.slots.prompts:
-        x = virtual.prompted(writer, step.positions, x, decoder.hidden_size)
+        places = step.positions(writer)
+        x = virtual.prompted(writer, places, x, decoder.hidden_size)
     if decoder.embedding_scale != 1.0:
         x = writer.op("Mul", x, writer.number(decoder.embedding_scale))
     stream = blocks.Stream(x)
     if decoder.positions is not None:
-        found = rows(writer, decoder.positions, step.positions)
+        found = rows(writer, decoder.positions, step.positions(writer))
         stream = blocks.Stream(x, found)
     if decoder.embedding_norm is None:
         return stream

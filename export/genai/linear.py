@@ -20,19 +20,31 @@ from keras_peft.export.genai.writer import Writer
 # multiply in. Next to 4-bit weights, this loses nothing that can be measured.
 INT8_INPUTS = 4
 
+_Change = Callable[[ir.Value], ir.Value]
+
 
 def linear(writer: Writer, x: ir.Value, *parts: Linear) -> ir.Value:
     """What some layers make of the same inputs, one after the other."""
-    outputs = product(writer, x, *parts)
     if not writer.slots.low_rank:
-        return outputs
-    return low_rank(writer, x, outputs, parts)
+        return product(writer, x, *parts)
+    return _changed(
+        writer, x, parts, lambda made: low_rank(writer, x, made, parts)
+    )
 
 
 def product(writer: Writer, x: ir.Value, *parts: Linear) -> ir.Value:
-    """The same, where adapters have no place.
+    """The same, where adapters have no place."""
+    return _changed(writer, x, parts, lambda made: made)
 
-    Neighbors that are stored alike become one operator.
+
+def _changed(
+    writer: Writer, x: ir.Value, parts: Sequence[Linear], change: _Change
+) -> ir.Value:
+    """Neighbors that are stored alike become one operator.
+
+    In floating point the bias comes after the change, since the runtime joins
+    it with what follows: without a change, all is computed as if there were no
+    place for one.
     """
     groups: list[list[Linear]] = []
     for part in parts:
@@ -40,8 +52,10 @@ def product(writer: Writer, x: ir.Value, *parts: Linear) -> ir.Value:
             groups[-1].append(part)
         else:
             groups.append([part])
-    made = [_linear(writer, x, group) for group in groups]
-    return made[0] if len(made) == 1 else writer.op("Concat", *made, axis=-1)
+    if len(groups) == 1:
+        return _linear(writer, x, groups[0], change)
+    made = [_linear(writer, x, group, lambda made: made) for group in groups]
+    return change(writer.op("Concat", *made, axis=-1))
 
 
 def rows(writer: Writer, table: Table, ids: ir.Value) -> ir.Value:
@@ -76,7 +90,9 @@ def form(stored: Any) -> tuple[Any, ...]:
     return stored.bits, stored.block_size
 
 
-def _linear(writer: Writer, x: ir.Value, parts: Sequence[Linear]) -> ir.Value:
+def _linear(
+    writer: Writer, x: ir.Value, parts: Sequence[Linear], change: _Change
+) -> ir.Value:
     name = common_name(parts)
     bias = None
     if any(part.bias is not None for part in parts):
@@ -84,15 +100,17 @@ def _linear(writer: Writer, x: ir.Value, parts: Sequence[Linear]) -> ir.Value:
     stored = [writer.stored(part.key) for part in parts]
     if isinstance(stored[0], Blockwise):
         whole = concatenate(stored) if len(stored) > 1 else stored[0]
-        return _integer_product(writer, x, f"{name}.kernel", whole, bias)
+        return change(
+            _integer_product(writer, x, f"{name}.kernel", whole, bias)
+        )
     kernel = as_float(
         writer,
         f"{name}.kernel",
         lambda: np.concatenate([part.kernel for part in parts], axis=1),
         stored[0],
     )
-    product = writer.op("MatMul", x, kernel)
-    return product if bias is None else writer.op("Add", product, bias)
+    made = change(writer.op("MatMul", x, kernel))
+    return made if bias is None else writer.op("Add", made, bias)
 
 
 # -- Floating point ----------------------------------------------------------

@@ -15,18 +15,32 @@ class Step:
     """What all blocks of one call share.
 
     Attributes:
-        tokens: How many there are in each row, int64 scalar.
-        total: The same with those before, int64 scalar.
+        tokens: How many there are in each row, int64 `[1]`.
+        total: The same with those before, int64 `[1]`.
+        text: Tokens of text so far, `[batch]`, int64.
+        mask: 1 for new tokens of text, `[batch, tokens]`.
         lengths: Tokens of text so far less one, `[batch]`, int32.
-        positions: Tokens of text before each, `[batch, tokens]`, int64.
         context_length: Positions that a rotary table needs.
     """
 
     tokens: ir.Value
     total: ir.Value
+    text: ir.Value
+    mask: ir.Value
     lengths: ir.Value
-    positions: ir.Value
     context_length: int
+
+    def positions(self, writer: Writer) -> ir.Value:
+        """Tokens of text before each, `[batch, tokens]`, int64."""
+
+        def make() -> ir.Value:
+            one = writer.integers(1)
+            new = writer.op("ReduceSum", self.mask, one, keepdims=1)
+            text = writer.op("Unsqueeze", self.text, one)
+            before = writer.op("Sub", text, new)
+            return writer.op("Add", before, _places(writer, self))
+
+        return writer.shared("positions", make)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,35 +73,32 @@ def read_mask(
     A row's next keys overwrite those of padding on its right, as
     onnxruntime-genai pads. What is padded on the left is turned to be so: no
     attention has to be told what to leave out.
+
+    As few operators as do it: two dozen small ones are a hundredth of what a
+    small model's token takes.
     """
     one = writer.integers(1)
-    tokens = _size(writer, ids)
-    new_mask = writer.op(
-        "Slice",
-        mask,
-        writer.op("Neg", writer.op("Unsqueeze", tokens, writer.integers(0))),
-        writer.integers(np.iinfo("int64").max),
-        one,
-    )
-    text = writer.op("ReduceSum", mask, one, keepdims=1)  # (batch, 1)
-    new_text = writer.op("ReduceSum", new_mask, one, keepdims=1)
-    padding = writer.op("Sub", tokens, new_text)
-    first = writer.op("Gather", mask, writer.integers(0), axis=1)
-    shift = writer.op("Mul", padding, writer.op("Sub", one, first))
-    places = writer.op("Range", _scalar(writer, 0), tokens, _scalar(writer, 1))
-    length = writer.op("Squeeze", writer.op("Sub", text, one), one)
+    tokens, total = _size(writer, ids), _size(writer, mask)
+    end = writer.integers(np.iinfo("int64").max)
+    start = writer.op("Neg", tokens)
+    new_mask = writer.op("Slice", mask, start, end, one)
+    text = writer.op("ReduceSum", mask, one, keepdims=0)  # (batch,)
+    last = writer.op("Sub", text, one)
     step = Step(
         tokens=tokens,
-        total=_size(writer, mask),
-        lengths=writer.op("Cast", length, to=ir.DataType.INT32.value),
-        positions=writer.op("Add", writer.op("Sub", text, new_text), places),
+        total=total,
+        text=text,
+        mask=new_mask,
+        lengths=writer.op("Cast", last, to=ir.DataType.INT32.value),
         context_length=context_length,
     )
-    left = writer.op("Sub", tokens, shift)
-    ahead, behind = (writer.op("Add", places, by) for by in (shift, left))
-    return step, Order(
-        writer.op("Mod", ahead, tokens), writer.op("Mod", behind, tokens)
-    )
+    # The first token of text; 0 where padding is on the right, or is all.
+    shift = writer.op("ArgMax", new_mask, axis=1, keepdims=1)
+    places = _places(writer, step)
+    ahead = writer.op("Add", places, shift)
+    # Negative places count from the end.
+    back = writer.op("Sub", places, shift)
+    return step, Order(writer.op("Mod", ahead, tokens), back)
 
 
 def alibi(writer: Writer, slopes: np.ndarray, step: Step) -> ir.Value:
@@ -105,10 +116,13 @@ def alibi(writer: Writer, slopes: np.ndarray, step: Step) -> ir.Value:
 
     def make() -> ir.Value:
         nothing, one = _scalar(writer, 0), _scalar(writer, 1)
-        first = writer.op("Sub", step.total, step.tokens)
-        rows = writer.op("Range", first, step.total, one)
+        total, tokens = (
+            writer.op("Squeeze", size) for size in (step.total, step.tokens)
+        )
+        first = writer.op("Sub", total, tokens)
+        rows = writer.op("Range", first, total, one)
         rows = writer.op("Unsqueeze", rows, writer.integers(1))
-        columns = writer.op("Range", nothing, step.total, one)
+        columns = writer.op("Range", nothing, total, one)
         distance = writer.op("Sub", columns, rows)  # (tokens, total)
         distance = writer.op("Cast", distance, to=ir.DataType.FLOAT.value)
         steep = writer.constant(f"{name}.slopes", slopes[None, :, None, None])
@@ -133,7 +147,7 @@ def rotary_positions(
         nothing, lower = _scalar(writer, 0), _scalar(writer, limit)
         is_long = writer.op("Greater", step.total, lower)
         offset = writer.op("Where", is_long, lower, nothing)
-        return writer.op("Add", step.positions, offset)
+        return writer.op("Add", step.positions(writer), offset)
 
     return writer.shared(f"rotary_positions.{limit}", make)
 
@@ -153,9 +167,20 @@ def rotary_angles(rotary: Rotary, length: int) -> np.ndarray:
     )
 
 
+def _places(writer: Writer, step: Step) -> ir.Value:
+    """Counts the new tokens from 0, int64 `[tokens]`."""
+
+    def make() -> ir.Value:
+        nothing, one = _scalar(writer, 0), _scalar(writer, 1)
+        tokens = writer.op("Squeeze", step.tokens)
+        return writer.op("Range", nothing, tokens, one)
+
+    return writer.shared("places", make)
+
+
 def _size(writer: Writer, x: ir.Value) -> ir.Value:
-    """How long the second axis is."""
-    return writer.op("Gather", writer.op("Shape", x), _scalar(writer, 1))
+    """How long the second axis is, `[1]`."""
+    return writer.op("Shape", x, start=1, end=2)
 
 
 def _scalar(writer: Writer, value: int) -> ir.Value:

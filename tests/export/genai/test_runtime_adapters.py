@@ -87,12 +87,14 @@ def test_peft_folders_become_the_same_file(llama, tmp_path):
     assert close(llama(llama.write(tmp_path / "peft")), expected)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_places_change_no_bit_of_an_integer_base(bits, tmp_path):
-    model = build("llama")
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_places_change_no_bit_of_the_base(name, bits, tmp_path):
+    model = build(name)
     plan = {
         part.key: quantize(part.kernel, bits)
         for part in parts(families.describe(model), Linear)
+        if bits
     }
     found = []
     for slots in (Slots(), PLACES):
