@@ -188,7 +188,10 @@ def to_genai(
     all.
 
     The graph is built from the Keras weights, of whatever backend, in the
-    operators that ONNX Runtime is fastest with. Before the folder appears, it
+    operators that ONNX Runtime is fastest with. An architecture that has no
+    description here is traced instead, if it keeps keys and values as
+    keras-hub does: without `calibration` and `adapters`, and for batches of
+    equally long texts alone, as its report says. Before the folder appears, it
     is compared with Keras, fed step by step in float32 and as it is stored,
     and onnxruntime-genai must answer with the tokens of the graph.
 
@@ -225,10 +228,11 @@ def to_genai(
         An `ExportReport`; `print` shows size, speed and loss by step.
 
     Raises:
-        ValueError: If no description exists for the architecture, an argument
-            does not fit, the model carries adapters, a weight is not finite,
-            the tokenizer cannot be reproduced, or a check fails. The folder
-            is then as it was.
+        ValueError: If the architecture has neither a description nor a cache
+            that can be traced, an argument does not fit, the model carries
+            adapters, a weight is not finite, the tokenizer cannot be
+            reproduced, or a check fails. The folder is then as it was.
+        TracingError: If no tracer takes an architecture without description.
         OSError: If the disk has no room.
         ImportError: If `pip install keras-peft[genai]` is missing.
 

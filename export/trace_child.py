@@ -12,6 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -43,27 +44,35 @@ def trace(folder: Path) -> None:
     import keras
 
     from keras_peft.export import patches
-    from keras_peft.export.signature import ModelInput
-    from keras_peft.export.signature import Signature
 
     # The file was written by the process that waits for this one.
     with patches.applied("load"):
         model = keras.saving.load_model(
             folder / "model.keras", compile=False, safe_mode=False
         )
-    signature = Signature(
-        tuple(
-            ModelInput(i["name"], i["dtype"], tuple(i["shape"]))
-            for i in request["inputs"]
-        ),
-        request["structure"],
-        request["by_keyword"],
-    )
+    signature = _signature(request)
     with np.load(folder / "sample.npz") as sample:
         path = folder / request["file"]
         trace_here(model, signature, dict(sample), path, request["source"])
     del model
     keras.backend.clear_session()
+
+
+def _signature(request: dict[str, Any]) -> "Signature":
+    from keras_peft.export.signature import ModelInput
+    from keras_peft.export.signature import Signature
+
+    inputs = tuple(
+        ModelInput(i["name"], i["dtype"], tuple(i["shape"]))
+        for i in request["inputs"]
+    )
+    if "length_axis" in request:
+        from keras_peft.export.genai.cached import CachedSignature
+
+        return CachedSignature(
+            inputs, request["structure"], length_axis=request["length_axis"]
+        )
+    return Signature(inputs, request["structure"], request["by_keyword"])
 
 
 def trace_here(

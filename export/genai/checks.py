@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import shutil
+from collections.abc import Iterable
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.decoder import Norm
 from keras_peft.export.genai.decoder import Table
 from keras_peft.export.genai.decoder import parts
+from keras_peft.export.genai.facts import Facts
 from keras_peft.export.report import megabytes
 
 QUANTIZE = (None, "float16", "int8", "int4")
@@ -77,18 +79,19 @@ def _carried(model: keras.Model) -> list[str]:
 
 
 def check_weights(decoder: Decoder) -> None:
-    """Raises for weights that are no numbers: no file could be right."""
+    """The same of all weights of a decoder: no file could be right."""
     found = []
     for part in parts(decoder, Linear):
         found += [(part.key, part.kernel), (part.key, part.bias)]
     for norm in parts(decoder, Norm):
         found += [(norm.path, norm.scale), (norm.path, norm.bias)]
     found += [(table.key, table.rows) for table in parts(decoder, Table)]
-    wrong = [
-        key
-        for key, array in found
-        if array is not None and not np.isfinite(array).all()
-    ]
+    check_finite((key, array) for key, array in found if array is not None)
+
+
+def check_finite(weights: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Raises for weights, by their names, that are no numbers."""
+    wrong = [key for key, array in weights if not np.isfinite(array).all()]
     if wrong:
         raise ValueError(
             "Weights are infinite or not a number, so the model computes "
@@ -99,10 +102,10 @@ def check_weights(decoder: Decoder) -> None:
 
 
 def choose_context(
-    decoder: Decoder, asked: int | None, hf_folder: str | Path | None
+    facts: Facts, asked: int | None, hf_folder: str | Path | None
 ) -> tuple[int, list[str]]:
     """How many tokens the folder serves, and what to say of the choice."""
-    known = decoder.context_length or _published(hf_folder)
+    known = facts.context_length or _published(hf_folder)
     if asked is None:
         if known is not None:
             return known, []

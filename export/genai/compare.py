@@ -12,9 +12,7 @@ import numpy as np
 from keras_peft.export.comparison import compare as compare_outputs
 from keras_peft.export.comparison import relative
 from keras_peft.export.comparison import rounding_of
-from keras_peft.export.genai.decoder import Decoder
-from keras_peft.export.genai.decoder import Linear
-from keras_peft.export.genai.decoder import parts
+from keras_peft.export.genai.facts import Facts
 from keras_peft.export.genai.runtime import Session
 from keras_peft.export.genai.runtime import answer
 from keras_peft.export.result import Verification
@@ -47,7 +45,7 @@ class Scores:
 
 
 def prompts(
-    decoder: Decoder, pieces: Sequence[Sequence[int]], context_length: int
+    facts: Facts, pieces: Sequence[Sequence[int]], context_length: int
 ) -> list[list[int]]:
     """Some of the user's text, or made-up tokens where there is none."""
     rng = np.random.default_rng(0)
@@ -55,7 +53,7 @@ def prompts(
     for index, length in enumerate(PROMPTS):
         length = min(length, context_length - ANSWER)
         own = [p for p in pieces if len(p) >= length]
-        ids = rng.integers(0, decoder.vocabulary_size, max(length, 1))
+        ids = rng.integers(0, facts.vocabulary_size, max(length, 1))
         text = own[index % len(own)][:length] if own else ids
         found.append([int(id) for id in text])
     return found
@@ -65,6 +63,8 @@ def keras_logits(model: keras.Model, ids: Sequence[int]) -> np.ndarray:
     """What Keras computes for one text, `[tokens, vocabulary]`."""
     row = np.array([ids], "int32")
     inputs = {"token_ids": row, "padding_mask": np.ones_like(row)}
+    if "position_ids" in model.input:
+        inputs["position_ids"] = np.arange(row.size, dtype="int32")[None]
     outputs = model(inputs, training=False)
     outputs = keras.ops.cast(outputs, "float32")
     return keras.ops.convert_to_numpy(outputs)[0]
@@ -92,11 +92,11 @@ def compare_logits(
     )
 
 
-def bound(model: keras.Model, decoder: Decoder) -> float | None:
+def bound(model: keras.Model, facts: Facts) -> float | None:
     """How far two right evaluations may be apart, where both are float32."""
     if model.compute_dtype != "float32":
         return None
-    return rounding_of([p.kernel.shape] for p in parts(decoder, Linear))
+    return rounding_of([shape] for shape in facts.kernels)
 
 
 def score(logits: np.ndarray, ids: Sequence[int]) -> Scores:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_peft.export.genai import graph
-from keras_peft.export.genai.decoder import Decoder
+from keras_peft.export.genai.facts import Facts
 
 NAME = "genai_config.json"
 # What a Hugging Face folder says of generation, under the same names here.
@@ -20,7 +20,7 @@ _SETTINGS = (
 
 
 def genai_config(
-    decoder: Decoder,
+    facts: Facts,
     context_length: int,
     end: Sequence[int] = (),
     pad: int | None = None,
@@ -29,30 +29,29 @@ def genai_config(
     """The settings of a decoder and its tokens.
 
     Args:
-        decoder: The decoder.
+        facts: The decoder's sizes.
         context_length: How many tokens a prompt and its answer may have.
         end: Tokens that end an answer.
         pad: Token that fills shorter prompts of a batch up.
         start: Token that a text starts with, where there is one.
     """
-    attention = decoder.blocks[0].attention
     tokens: dict[str, Any] = {"bos_token_id": start, "pad_token_id": pad}
     if end:
         tokens["eos_token_id"] = list(end) if len(end) > 1 else end[0]
     kinds = ("key", "value")
     return {
         "model": {
-            "type": decoder.genai_type,
-            "vocab_size": decoder.vocabulary_size,
+            "type": facts.genai_type,
+            "vocab_size": facts.vocabulary_size,
             "context_length": context_length,
             **{name: id for name, id in tokens.items() if id is not None},
             "decoder": {
                 "filename": graph.FILE,
-                "hidden_size": decoder.hidden_size,
-                "head_size": attention.head_size,
-                "num_attention_heads": attention.num_heads,
-                "num_key_value_heads": attention.num_kv_heads,
-                "num_hidden_layers": len(decoder.blocks),
+                "hidden_size": facts.hidden_size,
+                "head_size": facts.head_size,
+                "num_attention_heads": facts.num_heads,
+                "num_key_value_heads": facts.num_kv_heads,
+                "num_hidden_layers": facts.num_layers,
                 # Without it, a warning for each place of an adapter.
                 "session_options": {
                     "log_severity_level": 3,
@@ -78,8 +77,7 @@ def genai_config(
         "search": {
             "do_sample": False,
             "max_length": context_length,
-            # The operator writes new keys where the old ones lie.
-            "past_present_share_buffer": True,
+            "past_present_share_buffer": facts.shares_buffer,
         },
     }
 

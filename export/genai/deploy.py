@@ -12,7 +12,6 @@ from typing import Any
 import keras
 
 import keras_peft
-from keras_peft.export.blockwise import Blockwise
 from keras_peft.export.deploy import compare_with_export
 from keras_peft.export.folder import FORMAT
 from keras_peft.export.folder import MANIFEST
@@ -20,27 +19,21 @@ from keras_peft.export.folder import file_entries
 from keras_peft.export.folder import write_json
 from keras_peft.export.genai import checks
 from keras_peft.export.genai import compare
-from keras_peft.export.genai import families
-from keras_peft.export.genai import graph
-from keras_peft.export.genai.calibrate import calibrated
-from keras_peft.export.genai.calibrate import calibration_rows
+from keras_peft.export.genai import sources
 from keras_peft.export.genai.config import NAME
 from keras_peft.export.genai.config import genai_config
 from keras_peft.export.genai.config import generation_settings
-from keras_peft.export.genai.decoder import Decoder
+from keras_peft.export.genai.facts import Facts
 from keras_peft.export.genai.judge import Judge
-from keras_peft.export.genai.plan import BITS
-from keras_peft.export.genai.plan import plan_storage
-from keras_peft.export.genai.plan import trained_integers
 from keras_peft.export.genai.readme import readme
 from keras_peft.export.genai.runtime import Session
 from keras_peft.export.genai.shelf import Shelf
+from keras_peft.export.genai.sources import Source
 from keras_peft.export.genai.tokenizer import TokenizerFiles
 from keras_peft.export.genai.tokenizer import write_tokenizer
 from keras_peft.export.report import ExportReport
 from keras_peft.export.report import Step
 from keras_peft.files import whole_folder
-from keras_peft.quantize_aware import integers
 
 # The same operators on the same processor, with other buffers: float32's
 # rounding, or an input of a product that falls on the other side of a half
@@ -66,10 +59,11 @@ def to_genai(
 ) -> ExportReport:
     """See `keras_peft.export.to_genai`."""
     checks.check_arguments(model, folder, quantize)
-    decoder = families.describe(model)
-    checks.check_weights(decoder)
+    source = sources.read(model, quantize, calibration, adapters)
     shelf = Shelf(model, adapters)
-    context, notes = checks.choose_context(decoder, context_length, hf_folder)
+    context, notes = checks.choose_context(
+        source.facts, context_length, hf_folder
+    )
     checks.check_room(folder, model)
     trained = tokenizer or getattr(model, "preprocessor", None)
     with whole_folder(folder) as staging:
@@ -81,23 +75,18 @@ def to_genai(
                 trained, staging, hf_folder, evaluation or ()
             )
             shelf.avoid(tokens.end_ids, tokens.pad_id, tokens.start_id)
-        _write_config(staging, decoder, context, tokens, hf_folder)
+        _write_config(staging, source.facts, context, tokens, hf_folder)
         pieces = _pieces(staging, evaluation or calibration)
-        judge = Judge(model, decoder, context, pieces)
-        exact = _write_exact(judge, decoder, context, staging, shelf)
-        known = _integers(
-            model, decoder, quantize, calibration, staging, context
-        )
-        plan = plan_storage(decoder, quantize, known)
-        built = graph.build(decoder, plan, shelf.slots, context)
-        graph.save(built, staging)
-        shelf.write(built, decoder, staging)
+        judge = Judge(model, source.facts, context, pieces)
+        exact = _write_exact(judge, source, context, staging, shelf)
+        source.write(staging, context, shelf, quantize, calibration)
         steps = [judge.keras, exact]
         if quantize is not None:
             steps.append(judge.step(staging, quantize, None))
         steps[-1] = _timed(judge, staging, steps[-1])
         shelf.answer(staging, judge.prompts[-1], SAME_KERNELS)
         notes = [*judge.notes, *shelf.notes(staging, pieces), *notes]
+        notes += source.notes
         report = ExportReport(
             model=model.name,
             steps=tuple(steps),
@@ -107,27 +96,6 @@ def to_genai(
         )
         _write_rest(staging, report, quantize, tokens, context, shelf)
     return report
-
-
-def _integers(
-    model: keras.Model,
-    decoder: Decoder,
-    quantize: str | None,
-    calibration: Sequence[str] | None,
-    folder: Path,
-    context_length: int,
-) -> dict[str, Blockwise]:
-    """What layers trained in, or what calibration chooses for them."""
-    if quantize is None or quantize not in BITS:
-        return {}
-    known = trained_integers(decoder, integers(model))
-    if calibration is None:
-        return known
-    rows = calibration_rows(
-        calibration, folder / "tokenizer.json", context_length
-    )
-    bits = BITS[quantize]
-    return known | calibrated(decoder, rows, context_length, known, bits)
 
 
 def _pieces(folder: Path, texts: Sequence[str] | None) -> list[list[int]]:
@@ -162,7 +130,7 @@ def _pieces(folder: Path, texts: Sequence[str] | None) -> list[list[int]]:
 
 def _write_config(
     folder: Path,
-    decoder: Decoder,
+    facts: Facts,
     context_length: int,
     tokens: TokenizerFiles | None,
     hf_folder: str | Path | None,
@@ -174,25 +142,21 @@ def _write_config(
             "pad": tokens.pad_id,
             "start": tokens.start_id,
         }
-    settings = genai_config(decoder, context_length, **known)
+    settings = genai_config(facts, context_length, **known)
     settings["search"] |= generation_settings(hf_folder)
     write_json(folder / NAME, settings)
 
 
 def _write_exact(
     judge: Judge,
-    decoder: Decoder,
+    source: Source,
     context_length: int,
     folder: Path,
     shelf: Shelf,
 ) -> Step:
     """Compares the float32 graph, which must compute what Keras computes."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        exact = graph.build(
-            decoder, slots=shelf.slots, context_length=context_length
-        )
-        graph.save(exact, Path(name))
-        shelf.write(exact, decoder, Path(name))
+        source.write(Path(name), context_length, shelf)
         shelf.check(Path(name), judge.prompts, judge.bound)
         return judge.step(Path(name), "float32", judge.bound)
 
@@ -241,13 +205,13 @@ def verify(
     folder: Path, manifest: Mapping[str, Any], model: keras.Model, texts: Any
 ) -> ExportReport:
     """See `keras_peft.export.verify`; the files are those of the manifest."""
-    decoder = families.describe(model)
+    facts = sources.read(model).facts
     context = manifest["context_length"]
-    judge = Judge(model, decoder, context, _pieces(folder, texts))
+    judge = Judge(model, facts, context, _pieces(folder, texts))
     name = manifest["quantization"] or "float32"
     check = judge.check(folder, name, None)
     recorded = json.loads((folder / "report.json").read_text("utf-8"))
-    rounding = compare.bound(model, decoder) or 0.0
+    rounding = compare.bound(model, facts) or 0.0
     compare_with_export(check, recorded["steps"][-1], rounding)
     steps = [judge.keras, judge.step(folder, name, None)]
     steps[-1] = _timed(judge, folder, steps[-1])

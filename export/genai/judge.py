@@ -10,7 +10,7 @@ from keras_peft.export.assess import num_bytes
 from keras_peft.export.checks import enforce
 from keras_peft.export.genai import compare
 from keras_peft.export.genai import graph
-from keras_peft.export.genai.decoder import Decoder
+from keras_peft.export.genai.facts import Facts
 from keras_peft.export.genai.runtime import Session
 from keras_peft.export.genai.verdict import warning
 from keras_peft.export.report import Step
@@ -28,7 +28,7 @@ class Judge:
 
     Args:
         model: The Keras model.
-        decoder: Its description.
+        facts: Its sizes.
         context_length: How many tokens its files serve.
         pieces: Token ids of the user's own text.
     """
@@ -36,15 +36,15 @@ class Judge:
     def __init__(
         self,
         model: keras.Model,
-        decoder: Decoder,
+        facts: Facts,
         context_length: int,
         pieces: Sequence[Sequence[int]],
     ):
-        self.prompts = compare.prompts(decoder, pieces, context_length)
+        self.prompts = compare.prompts(facts, pieces, context_length)
         self.references = [
             compare.keras_logits(model, ids) for ids in self.prompts
         ]
-        self.bound = compare.bound(model, decoder)
+        self.bound = compare.bound(model, facts)
         self.pieces = pieces
         self.notes: list[str] = []
         self.warning = ""

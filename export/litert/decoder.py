@@ -56,21 +56,22 @@ def functions(model: Any) -> dict[str, tuple[Any, tuple[ModelInput, ...]]]:
     }
 
 
-def _caches(model: Any) -> tuple[Any, list[ModelInput]]:
-    """The nest of the model's cache, and its tensors with their free axes."""
+def new_cache(model: Any, rows: int, length: int) -> tuple[Any, Any]:
+    """What keras-hub makes of some texts: its stream, and a filled cache."""
     parameters = inspect.signature(model._build_cache).parameters.values()
     # Images and masks, of which a text has none.
     others = [p for p in parameters if p.default is p.empty][1:]
+    tokens = np.ones((rows, length), "int32")
+    hidden, cache = model._build_cache(tokens, *[None] * len(others))
+    return hidden, cache
 
-    def build(rows: int, length: int) -> Any:
-        tokens = np.ones((rows, length), "int32")
-        return model._build_cache(tokens, *[None] * len(others))[1]
 
-    structure = build(2, 11)
+def _caches(model: Any) -> tuple[Any, list[ModelInput]]:
+    """The nest of the model's cache, and its tensors with their free axes."""
+    _, structure = new_cache(model, 2, 11)
+    _, larger = new_cache(model, 3, 13)
     pairs = zip(
-        keras.tree.flatten(structure),
-        keras.tree.flatten(build(3, 13)),
-        strict=True,
+        keras.tree.flatten(structure), keras.tree.flatten(larger), strict=True
     )
     free = {(2, 3): "batch", (11, 13): "cache_length"}
     return structure, [

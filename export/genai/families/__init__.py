@@ -31,24 +31,37 @@ FAMILIES = {
 }
 
 
+def is_described(model: keras.Model) -> bool:
+    """Whether a family describes its backbone."""
+    return _kind(model) in FAMILIES
+
+
 def describe(model: keras.Model) -> Decoder:
     """A keras-hub CausalLM as a decoder.
 
     Raises:
         ValueError: If no family describes its backbone.
     """
+    if not is_described(model):
+        raise undescribed(model)
+    family = importlib.import_module(f"{__name__}.{FAMILIES[_kind(model)]}")
+    return family.describe(model.backbone, Reader(model))
+
+
+def undescribed(model: keras.Model, besides: str = "") -> ValueError:
+    """What to raise for another family; `besides` says more of the model."""
+    return ValueError(
+        "No description for this architecture, which says where a backbone "
+        "keeps its projections, norms and tables. Those which exist are for "
+        f"{sorted(FAMILIES)}; another is one file in "
+        "`keras_peft/export/genai/families/` with a function "
+        "`describe(backbone, reader)` that returns a `Decoder`, and one line "
+        f"in its `FAMILIES`.{besides} `keras_peft.export.to_onnx` exports it "
+        "without a cache. "
+        f"Received: {type(model).__name__} with backbone={_kind(model)}"
+    )
+
+
+def _kind(model: keras.Model) -> str:
     backbone = getattr(model, "backbone", None)
-    kind = layer_tree.base_class(backbone).__name__ if backbone else None
-    if kind not in FAMILIES:
-        raise ValueError(
-            "No description for this architecture, which says where a "
-            "backbone keeps its projections, norms and tables. Those which "
-            f"exist are for {sorted(FAMILIES)}; another is one file in "
-            "`keras_peft/export/genai/families/` with a function "
-            "`describe(backbone, reader)` that returns a `Decoder`, and one "
-            "line in its `FAMILIES`. Until then, `keras_peft.export.to_onnx` "
-            "exports it without a cache. "
-            f"Received: {type(model).__name__} with backbone={kind}"
-        )
-    family = importlib.import_module(f"{__name__}.{FAMILIES[kind]}")
-    return family.describe(backbone, Reader(model))
+    return layer_tree.base_class(backbone).__name__ if backbone else "None"

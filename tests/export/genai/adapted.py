@@ -16,6 +16,7 @@ from keras_peft.export.genai import graph
 from keras_peft.export.genai.adapter_file import WithAdapter
 from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.decoder import parts
+from keras_peft.export.genai.facts import facts_of
 from keras_peft.export.genai.slots import BASE
 from keras_peft.export.genai.slots import LAYERS
 from keras_peft.export.genai.slots import Slots
@@ -34,7 +35,7 @@ class Exported:
         self.model, self.folder = model, folder
         self.decoder = families.describe(self.model)
         graph.save(graph.build(self.decoder, plan, slots), folder)
-        settings = config.genai_config(self.decoder, 64)
+        settings = config.genai_config(facts_of(self.decoder), 64)
         (folder / config.NAME).write_text(json.dumps(settings))
         path = str(folder / graph.FILE)
         self.session = onnxruntime.InferenceSession(path)
