@@ -12,6 +12,8 @@ import keras
 from keras_peft.export.genai import families
 from keras_peft.export.genai.facts import Facts
 from keras_peft.export.litert import decoder as caches
+from keras_peft.export.patches import cache_update
+from keras_peft.export.patches import short_prompt
 from keras_peft.export.signature import ModelInput
 from keras_peft.export.signature import Signature
 from keras_peft.export.signature import read_signature
@@ -42,7 +44,8 @@ class CachedSignature(Signature):
         sizes[self.length_axis] = keras.ops.shape(ids)[1]
         room = keras.ops.zeros(sizes, cache.dtype)
         cache = keras.ops.concatenate([cache, room], self.length_axis)
-        logits, _, cache = model.call_with_cache(ids, cache, past)
+        with cache_update.patched(), short_prompt.patched():
+            logits, _, cache = model.call_with_cache(ids, cache, past)
         return [logits, *self._parted(cache)]
 
     def _joined(self, parts: list[Any]) -> Any:

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from keras_peft.export.patches import cache_update
 from keras_peft.export.patches import delta_rule
 from keras_peft.export.patches import erfc
 from keras_peft.export.patches import erfinv
@@ -60,24 +59,15 @@ PATCHES: dict[str, tuple[ModuleType, ...]] = {
         symbolic_size,
     ),
     "tensorflow": (
-        cache_update,
         delta_rule,
         erfc,
         fourier,
         grouped_convolution,
         pixel_attention,
-        short_prompt,
         symbolic_size,
         whole_products,
     ),
-    "torch": (
-        cache_update,
-        erfinv,
-        short_prompt,
-        symbolic_integer,
-        symbolic_repeat,
-        take_along_axis,
-    ),
+    "torch": (erfinv, symbolic_integer, symbolic_repeat, take_along_axis),
 }
 # For TensorFlow, by the backend that a model comes from.
 COMING_FROM: dict[str, tuple[ModuleType, ...]] = {

@@ -1,6 +1,7 @@
 """`ops.slice_update` at a place that depends on the inputs, as in a cache.
 
-torch fixes the place while it traces, and tf2onnx has no operator for it.
+In keras-hub's decoders torch fixes the place while it traces; tf2onnx has no
+operator for it.
 """
 
 from contextlib import AbstractContextManager

@@ -13,7 +13,6 @@ from zoo import ZOO
 
 from keras_peft.export import patches
 from keras_peft.export.litert import flatbuffer
-from keras_peft.export.patches import cache_update
 from keras_peft.export.patches import delta_rule
 from keras_peft.export.patches import erfc
 from keras_peft.export.patches import erfinv
@@ -74,24 +73,6 @@ def _taking():
 
     inputs = keras.Input((None,))
     return keras.Model(inputs, Places()(inputs))
-
-
-def _appending():
-    """Rows, and behind them the same numbers twice as large."""
-
-    @keras.saving.register_keras_serializable("tests")
-    class Appending(keras.layers.Layer):
-        def call(self, inputs):
-            room = keras.ops.zeros_like(inputs)
-            whole = keras.ops.concatenate([inputs, room], axis=1)
-            start = [0, keras.ops.shape(inputs)[1]]
-            return keras.ops.slice_update(whole, start, 2 * inputs)
-
-        def compute_output_shape(self, shape):
-            return (shape[0], None)
-
-    inputs = keras.Input((None,))
-    return keras.Model(inputs, Appending()(inputs))
 
 
 def _quantiles():
@@ -236,7 +217,6 @@ def _delta_rules():
 
 # The smallest model that fails without each patch.
 NEEDS: dict[Any, Any] = {
-    cache_update: _appending,
     delta_rule: _delta_rules,
     erfc: _gelu,
     erfinv: _quantiles,
