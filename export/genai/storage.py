@@ -15,6 +15,5 @@ class Float:
     dtype: str = "float32"
 
 
-Storage = "Float | Blockwise"
 # By the path of a layer; what is not in it is stored as float32.
 Plan = Mapping[str, "Float | Blockwise"]
