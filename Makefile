@@ -55,8 +55,10 @@ coverage: $(DEV) ## Hold every keras-hub class to docs/coverage.md: takes hours
 	@$(VENV)/bin/python tests/zoo/run.py $(ARGS)
 	@$(VENV)/bin/python tests/zoo/table.py
 
-bench: $(DEV) ## Run the scripts in benchmarks/ but methods.py, which takes days
-	@for script in $(filter-out %/methods.py, $(wildcard benchmarks/*.py)); do \
+# Those that take days, or work on an adapter that must be there.
+BENCH_APART := %/methods.py %/quantize_llm.py
+bench: $(DEV) ## Run the scripts in benchmarks/ that take hours at most
+	@for script in $(filter-out $(BENCH_APART), $(wildcard benchmarks/*.py)); do \
 		echo "Running $$script."; $(VENV)/bin/python $$script || exit; \
 	done
 
