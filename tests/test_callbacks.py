@@ -77,7 +77,9 @@ def run(folder, freq, kill=0):
 
 
 @pytest.mark.slice
-@pytest.mark.parametrize("freq, first", [("epoch", 2), (3, 2)])
+@pytest.mark.parametrize(
+    "freq, first", [pytest.param("epoch", 2, marks=pytest.mark.slow), (3, 2)]
+)
 def test_a_run_killed_within_an_epoch_resumes_to_the_same_losses(
     freq, first, tmp_path
 ):

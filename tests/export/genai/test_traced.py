@@ -54,7 +54,14 @@ def _bound(model):
     return compare.bound(model, cached.read(model)[1])
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "llama"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gemma2", marks=pytest.mark.slow),
+        pytest.param("gpt2", marks=pytest.mark.slow),
+        "llama",
+    ],
+)
 def test_a_description_gives_the_logits_of_a_trace(name, tmp_path):
     model, source = _described(name)
     graph.save(graph.build(families.describe(model)), tmp_path)
