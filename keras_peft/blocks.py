@@ -94,11 +94,22 @@ class Block:
 def attention_paths(layers: Mapping[str, keras.Layer]) -> list[str]:
     """Paths of the layers that hold the projections of an attention."""
     named = [path for path, layer in layers.items() if _attends(path, layer)]
-    return [
+    inner = [
         path
         for path in named
         if not any(other.startswith(path + ".") for other in named)
     ]
+    whole = (_with_outputs(layers, path, named) for path in inner)
+    return list(dict.fromkeys(whole))
+
+
+def _with_outputs(layers, path, named):
+    """The attention around one whose outputs that projects, or itself."""
+    around = path.rpartition(".")[0]
+    if around not in named:
+        return path
+    beside = [p for p in _linear(layers, around) if not lies_in(p, [path])]
+    return around if len(beside) == 1 else path
 
 
 def _attends(path, layer):

@@ -5,6 +5,7 @@ import pytest
 from backbones import BACKBONES
 
 from keras_peft import layer_tree
+from keras_peft.blocks import attention_paths
 from keras_peft.blocks import find_blocks
 from keras_peft.blocks import require
 from keras_peft.kernels import kernel_of
@@ -107,3 +108,33 @@ def test_what_a_block_has_not_is_an_error_and_no_shorter_list():
         require(fused, "keys")
     with pytest.raises(ValueError, match="no transformer blocks"):
         require([], "keys")
+
+
+def test_an_attention_reaches_as_far_as_its_output():
+    class InnerAttention(keras.layers.Layer):
+        def build(self, shape):
+            self.query = keras.layers.Dense(8)
+            self.value = keras.layers.Dense(8)
+            for dense in (self.query, self.value):
+                dense.build(shape)
+
+        def call(self, x):
+            return self.query(x) * self.value(x)
+
+    class ConformerAttention(keras.layers.Layer):
+        def build(self, shape):
+            self.attend = InnerAttention()
+            self.attend.build(shape)
+            self.post = keras.layers.Dense(8)
+            self.post.build(shape)
+
+        def call(self, x):
+            return self.post(self.attend(x))
+
+    inputs = keras.Input((None, 8))
+    model = keras.Model(inputs, ConformerAttention(name="conformer")(inputs))
+    layers = dict(layer_tree.walk(model))
+    assert attention_paths(layers) == ["conformer"]
+    adapted = Candidates(model, ()).group("attention")
+    names = {path.rpartition(".")[2] for path in adapted}
+    assert names == {"query", "value", "post"}
