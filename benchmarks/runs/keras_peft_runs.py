@@ -242,4 +242,6 @@ class Runner:
             verbose=0,
             return_dict=True,
         )
-        return -found["loss"] * targets.size / float(weights.sum())
+        # The penalty of AdaLoRA is part of it, and says nothing of the text.
+        loss = found["loss"] - float(sum(model.losses))
+        return -loss * targets.size / float(weights.sum())
