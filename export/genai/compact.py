@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from keras_peft.export.blockwise import Blockwise
 from keras_peft.export.blockwise import quantize as round_to_nearest
-from keras_peft.export.genai.linear import INT8_INPUTS
+from keras_peft.export.genai.linear import product_attributes
 from keras_peft.export.genai.plan import BITS
 from keras_peft.export.genai.plan import TABLE_BITS
 from keras_peft.export.genai.plan import TABLE_BLOCK
@@ -115,10 +115,6 @@ def _product(
         "MatMulNBits",
         [node.inputs[0], *constants],
         domain=MICROSOFT,
-        K=stored.inputs,
-        N=stored.outputs,
-        bits=stored.bits,
-        block_size=stored.block_size,
-        accuracy_level=INT8_INPUTS,
+        **product_attributes(stored),
     )
     return made

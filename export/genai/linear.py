@@ -147,12 +147,19 @@ def _integer_product(
         zero_points,
         None,
         bias,
-        K=stored.inputs,
-        N=stored.outputs,
-        bits=stored.bits,
-        block_size=stored.block_size,
-        accuracy_level=INT8_INPUTS,
+        **product_attributes(stored),
     )
+
+
+def product_attributes(stored: Blockwise) -> dict[str, int]:
+    """What `MatMulNBits` must know of a kernel in integers."""
+    return {
+        "K": stored.inputs,
+        "N": stored.outputs,
+        "bits": stored.bits,
+        "block_size": stored.block_size,
+        "accuracy_level": INT8_INPUTS,
+    }
 
 
 def _integers(
