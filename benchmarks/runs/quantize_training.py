@@ -102,4 +102,4 @@ def summed_loss(logits, targets, weights):
         keras.ops.convert_to_tensor(logits),
         from_logits=True,
     )
-    return float(keras.ops.sum(lost * weights))
+    return float(keras.ops.sum(keras.ops.multiply(lost, weights)))

@@ -14,11 +14,12 @@ from keras_peft.export.blockwise import Blockwise
 from keras_peft.export.blockwise import Group
 from keras_peft.export.blockwise import gptq
 from keras_peft.export.blockwise import in_4_bits
-from keras_peft.export.blockwise import search
+from keras_peft.export.blockwise import quantize
 from keras_peft.export.genai.decoder import Decoder
 from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.decoder import parts
 from keras_peft.export.genai.observed import Observed
+from keras_peft.export.genai.plan import LAYER_BLOCKS
 
 # Tokens of a row, rows that are read, and the fewest that say anything.
 LENGTH, MOST, FEWEST = 256, 24, 4
@@ -84,9 +85,10 @@ def calibrated(
             kernel = _joined(kernels, observed.keys[name])
             return kernel, grams[observed.inputs[name]]
 
-        chosen = _each(names, lambda name: gptq(*of(name), bits))
+        block = LAYER_BLOCKS[bits]
+        chosen = _each(names, lambda name: gptq(*of(name), bits, block))
         if bits == 4:
-            large = _each(names, lambda name: _in_8_bits(*of(name)))
+            large = {name: _in_8_bits(of(name)[0]) for name in names}
             chosen = _mixed(observed, chosen, large, rows)
     found: dict[str, Blockwise] = {}
     for name, whole in chosen.items():
@@ -102,8 +104,10 @@ def _each(
         return dict(zip(names, pool.map(stored, names), strict=True))
 
 
-def _in_8_bits(kernel: np.ndarray, gram: np.ndarray) -> Blockwise:
-    return search(kernel, 8, importance=np.diagonal(gram))
+def _in_8_bits(kernel: np.ndarray) -> Blockwise:
+    # A grid fitted to the largest inputs was worse on real weights: it may
+    # clip the weights of all others.
+    return quantize(kernel, 8, LAYER_BLOCKS[8])
 
 
 def _mixed(

@@ -9,6 +9,7 @@ from keras_peft.export.blockwise import Blockwise
 from keras_peft.export.blockwise import quantize as round_to_nearest
 from keras_peft.export.genai.linear import product_attributes
 from keras_peft.export.genai.plan import BITS
+from keras_peft.export.genai.plan import LAYER_BLOCKS
 from keras_peft.export.genai.plan import TABLE_BITS
 from keras_peft.export.genai.plan import TABLE_BLOCK
 from keras_peft.export.genai.writer import MICROSOFT
@@ -86,7 +87,7 @@ def _in_blocks(model: ir.Model, bits: int, trained: list[Blockwise]) -> None:
 def _rounded(array: np.ndarray, bits: int, is_head: bool) -> Blockwise:
     if is_head:
         return round_to_nearest(array, TABLE_BITS, TABLE_BLOCK)
-    return round_to_nearest(array, bits)
+    return round_to_nearest(array, bits, LAYER_BLOCKS[bits])
 
 
 def _is_head(node: ir.Node) -> bool:

@@ -20,6 +20,7 @@ from keras_peft.export.genai import graph
 from keras_peft.export.genai.calibrate import EXTRA
 from keras_peft.export.genai.calibrate import calibrated
 from keras_peft.export.genai.calibrate import calibration_rows
+from keras_peft.export.genai.plan import LAYER_BLOCKS
 from keras_peft.export.genai.compare import Scores
 from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.decoder import parts
@@ -86,7 +87,10 @@ def test_calibration_loses_less_than_the_nearest(tmp_path, name, bits):
     decoder = families.describe(build(name))
     found = calibrated(decoder, ROWS, 64, {}, bits)
     assert found.keys() == {part.key for part in _linear(decoder)}
-    rounded = {p.key: quantize(p.kernel, bits) for p in _linear(decoder)}
+    block = LAYER_BLOCKS[bits]
+    rounded = {
+        p.key: quantize(p.kernel, bits, block) for p in _linear(decoder)
+    }
     # The table is left in float32: it would be most of what 8 bits lose.
     table = {decoder.table.key: Float()}
     nearest, ours = {**rounded, **table}, {**found, **table}
@@ -94,7 +98,8 @@ def test_calibration_loses_less_than_the_nearest(tmp_path, name, bits):
         _losses(decoder, plan, tmp_path / str(n))
         for n, plan in enumerate((nearest, ours))
     ]
-    assert losses[1] < 0.7 * losses[0]
+    # At 8 bits the nearest is near: there is less to gain.
+    assert losses[1] < {4: 0.7, 8: 0.9}[bits] * losses[0]
     # Grids with zero points, and a little more where it helps.
     least = sum(
         part.kernel.size * bits / 8 + (4 + bits / 8) * part.kernel.size / 32
