@@ -123,6 +123,7 @@ def page(browser, site):
     yield found
     context.close()
     served.shutdown()
+    served.server_close()
     assert not failures
 
 
