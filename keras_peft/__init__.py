@@ -10,6 +10,7 @@
 from keras_peft import export
 from keras_peft import layers
 from keras_peft import optimizers
+from keras_peft import training
 from keras_peft.adapt import adapt
 from keras_peft.adapt import disabled
 from keras_peft.adapt import remove
@@ -98,5 +99,6 @@ __all__ = [
     "set_adapter",
     "summary",
     "to_lora",
+    "training",
     "unmerge",
 ]

@@ -11,15 +11,20 @@ attributes, lists, heads and `generate()` go on as before.
 import contextlib
 import functools
 import re
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras.src.backend import AutocastScope
 from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.backend.common.global_state import set_global_attribute
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.common.stateless_scope import get_stateless_scope
+from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.saving.object_registration import GLOBAL_CUSTOM_NAMES
 from keras.src.utils.naming import to_snake_case
 
@@ -150,6 +155,43 @@ def learned_variables(layer: keras.Layer) -> list[keras.Variable]:
     return list(layer._trainable_variables)
 
 
+def is_training(layer: keras.Layer) -> bool:
+    """Whether `layer` is being called for training."""
+    return bool(layer._get_call_context().get_value("training"))
+
+
+def this_call() -> Callable[[], contextlib.AbstractContextManager]:
+    """Takes down how layers are called now: for training, and in what dtype.
+
+    Within what the returned function gives, they are called so again.
+    """
+    call = get_global_attribute(_CALL)
+    scope = get_autocast_scope()
+
+    @contextlib.contextmanager
+    def again():
+        before = get_global_attribute(_CALL)
+        set_global_attribute(_CALL, call)
+        try:
+            with AutocastScope(scope and scope.dtype):
+                yield
+        finally:
+            set_global_attribute(_CALL, before)
+
+    return again
+
+
+def values_of(variables: Sequence[keras.Variable]) -> list[Any]:
+    """What variables are now, in their own dtype."""
+    with AutocastScope(None):
+        return [keras.ops.convert_to_tensor(v.value) for v in variables]
+
+
+def is_random(layer: keras.Layer) -> bool:
+    """Whether a layer draws random numbers in training."""
+    return any(map(is_generator, layer.variables))
+
+
 def is_generator(variable: keras.Variable) -> bool:
     """Whether a variable is the state of a random generator."""
     return "seed_generator" in variable.path
@@ -164,6 +206,12 @@ _AFTER_KERNEL = ("activation", "logit_soft_cap")
 # In a weights file, beside an adapted layer's own variables: a layer without
 # adapters refuses the extra entry, rather than load the bare base unnoticed.
 _MARK = "adapted"
+
+# Under this name Keras keeps what is passed down through a call.
+_CALL = "current_call_ctx"
+
+# Attribute with the names of methods that an instance answers itself.
+_REPLACED = "replaced_methods"
 
 
 class AdaptedLayer:
@@ -194,7 +242,7 @@ class AdaptedLayer:
 
     def is_read_by_another(self):
         """Whether a model is called, but this layer is not."""
-        calling = get_global_attribute("current_call_ctx") is not None
+        calling = get_global_attribute(_CALL) is not None
         return calling and not self.reads_itself
 
     def linear_outputs(self, inputs):
@@ -276,7 +324,7 @@ class AdaptedLayer:
                 _, total = sums.get(id(variable), (variable, variable))
                 total = keras.ops.cast(total, "float32") + added
                 sums[id(variable)] = variable, total
-        with _StandIns(sums.values()) as scope:
+        with StandIns(sums.values()) as scope:
             outputs = super().call(*args, **kwargs)
         if scope.outer is None:
             self.add_loss(scope.losses)
@@ -326,7 +374,7 @@ class AdaptedLayer:
         )
 
 
-class _StandIns(keras.StatelessScope):
+class StandIns(keras.StatelessScope):
     """Within, some variables stand for other values.
 
     All else is as outside: what other variables are, that they can be
@@ -353,6 +401,20 @@ class _StandIns(keras.StatelessScope):
             variable._direct_assign(value)
         else:
             self.outer.add_update(update)
+
+
+class Contained(StandIns):
+    """Within, what is assigned and what is lost stays inside."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.losses = []
+        self.updates = {}
+
+    def add_update(self, update):
+        variable, value = update
+        self.updates[id(variable)] = update
+        self.state_mapping[id(variable)] = value
 
 
 def _computed_once(outputs, strength):
@@ -448,6 +510,31 @@ def replace_child(parent: keras.Layer, name: str, layer: keras.Layer) -> None:
             parent._tracker.untrack(old)
 
 
+def replace_method(target: keras.Layer, name: str, method: Callable) -> None:
+    """Lets `method(target, ...)` answer in the place of a method of its class.
+
+    The class stays, so that adapters come and go and files are written as
+    before. `method_of_class` is what it was.
+    """
+    set_plain(target, name, functools.partial(method, target))
+    replaced = vars(target).get(_REPLACED, ())
+    set_plain(target, _REPLACED, {*replaced, name})
+
+
+def restore_methods(target: keras.Layer) -> set[str]:
+    """Undoes every `replace_method`; returns the names."""
+    replaced = set(vars(target).get(_REPLACED, ()))
+    if replaced:
+        for name in (*replaced, _REPLACED):
+            object.__delattr__(target, name)
+    return replaced
+
+
+def method_of_class(target: keras.Layer, name: str) -> Callable:
+    """The method of `target` that `replace_method` hides."""
+    return functools.partial(getattr(type(target), name), target)
+
+
 @contextlib.contextmanager
 def _unlocked(layer):
     tracker = layer._tracker
@@ -534,7 +621,67 @@ def plain(model: keras.Layer) -> Iterator[None]:
                 _set_after_kernel(layer, dict.fromkeys(layer.after_kernel))
 
 
+# -- Graphs ------------------------------------------------------------------
+
+
+def steps_back(
+    tensor: keras.KerasTensor,
+) -> Iterator[tuple[keras.Operation, Any, Callable]]:
+    """Yields `(operation, its input, step)` from the end of a graph back.
+
+    `step(value)` applies the operation as the graph does. Ends before the
+    first operation that has not exactly one tensor as its input.
+    """
+    while True:
+        history = tensor._keras_history
+        node = history.operation._inbound_nodes[history.node_index]
+        if node.is_input or len(node.input_tensors) != 1:
+            return
+        tensor = node.input_tensors[0]
+        yield node.operation, tensor, functools.partial(_apply, node, tensor)
+
+
+def _apply(node, tensor, value):
+    args, kwargs = node.arguments.fill_in({id(tensor): value})
+    return node.operation(*args, **kwargs)
+
+
 # -- Training ----------------------------------------------------------------
+
+
+def compiled_metrics(
+    model: keras.Model, targets: Any, outputs: keras.KerasTensor
+) -> list[tuple[keras.Metric, bool]]:
+    """`(metric, whether sample weights are for it)` of `model.compile`."""
+    compiled = model._compile_metrics
+    if compiled is None:
+        return []
+    if not compiled.built:
+        compiled.build(targets, outputs)
+    groups = [(group, False) for group in compiled._flat_metrics]
+    groups += [(group, True) for group in compiled._flat_weighted_metrics]
+    return [
+        (metric, weighted)
+        for group, weighted in groups
+        if group is not None
+        for metric in getattr(group, "metrics", None) or [group]
+    ]
+
+
+@contextlib.contextmanager
+def other_loss(model: keras.Model, loss: Callable) -> Iterator[None]:
+    """Within, `loss` is what `model` was compiled with."""
+    before = model._compile_loss
+    set_plain(model, "_compile_loss", loss)
+    try:
+        yield
+    finally:
+        set_plain(model, "_compile_loss", before)
+
+
+def function_of_metric(metric: keras.metrics.MeanMetricWrapper) -> Callable:
+    """`function(targets, outputs)`, of which the metric is the mean."""
+    return functools.partial(metric._fn, **metric._fn_kwargs)
 
 
 def start_at_epoch(model: keras.Model, epoch: int) -> None:

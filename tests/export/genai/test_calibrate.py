@@ -20,11 +20,11 @@ from keras_peft.export.genai import graph
 from keras_peft.export.genai.calibrate import EXTRA
 from keras_peft.export.genai.calibrate import calibrated
 from keras_peft.export.genai.calibrate import calibration_rows
-from keras_peft.export.genai.plan import LAYER_BLOCKS
 from keras_peft.export.genai.compare import Scores
 from keras_peft.export.genai.decoder import Linear
 from keras_peft.export.genai.decoder import parts
 from keras_peft.export.genai.observed import Observed
+from keras_peft.export.genai.plan import LAYER_BLOCKS
 from keras_peft.export.genai.plan import plan_storage
 from keras_peft.export.genai.storage import Float
 from keras_peft.export.genai.verdict import warning
@@ -88,9 +88,7 @@ def test_calibration_loses_less_than_the_nearest(tmp_path, name, bits):
     found = calibrated(decoder, ROWS, 64, {}, bits)
     assert found.keys() == {part.key for part in _linear(decoder)}
     block = LAYER_BLOCKS[bits]
-    rounded = {
-        p.key: quantize(p.kernel, bits, block) for p in _linear(decoder)
-    }
+    rounded = {p.key: quantize(p.kernel, bits, block) for p in _linear(decoder)}
     # The table is left in float32: it would be most of what 8 bits lose.
     table = {decoder.table.key: Float()}
     nearest, ours = {**rounded, **table}, {**found, **table}

@@ -1,0 +1,23 @@
+"""What makes `fit` fast and small.
+
+>>> keras_peft.adapt(causal_lm, keras_peft.LoRA(rank=8))
+>>> keras_peft.training.prepare(causal_lm, remat="full")
+>>> causal_lm.compile("adam")
+>>> causal_lm.fit(inputs, targets, callbacks=[keras_peft.training.Progress()])
+"""
+
+from keras_peft.training.chunked_loss import chunk_loss
+from keras_peft.training.prepare import prepare
+from keras_peft.training.prepare import restore
+from keras_peft.training.progress import Progress
+from keras_peft.training.rematerialize import rematerialize
+from keras_peft.training.smoothed import SmoothedCrossentropy
+
+__all__ = [
+    "Progress",
+    "SmoothedCrossentropy",
+    "chunk_loss",
+    "prepare",
+    "rematerialize",
+    "restore",
+]

@@ -1,0 +1,77 @@
+"""Everything that helps a model to train, in one call."""
+
+import keras
+
+from keras_peft import layer_tree
+from keras_peft.training.chunked_loss import checked_split
+from keras_peft.training.chunked_loss import chunk_loss
+from keras_peft.training.rematerialize import blocks_of
+from keras_peft.training.rematerialize import rematerialize
+
+
+def prepare(
+    model: keras.Model,
+    loss: str | None = "chunked",
+    remat: str | None = None,
+    chunk_size: int = 1024,
+) -> keras.Model:
+    """Puts onto `model` what makes its training smaller, in place.
+
+    Then `compile` and `fit` as ever. Nothing of it is in what is saved, be it
+    the model or an adapter; adapters can be added, merged and removed before
+    and after. `keras_peft.training.restore` undoes it, and a second call
+    replaces the first.
+
+    Args:
+        model: A built model, adapted or not.
+        loss: `"chunked"`: head and loss together, for language models
+            (`keras_peft.training.chunk_loss`). `None`: as Keras does.
+        remat: `"full"` or `"dots"`: blocks are computed again in the backward
+            pass (`keras_peft.training.rematerialize`). `None`: activations
+            are kept.
+        chunk_size: Positive integer. Tokens whose logits exist at once.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: if a part does not fit the model or the backend. The model
+            is then as it was.
+
+    Example:
+    >>> keras_peft.training.prepare(causal_lm, remat="full")
+    >>> causal_lm.compile("adam")
+    >>> causal_lm.fit(inputs, targets)
+    """
+    if loss not in ("chunked", None):
+        raise ValueError(
+            "`loss` says how it is computed: 'chunked', or None for Keras' "
+            "way. Which loss it is, `model.compile` is told. "
+            f"Received: loss={loss!r}"
+        )
+    # What cannot be put on is found before anything is taken off.
+    if loss is not None:
+        checked_split(model, chunk_size)
+    if remat is not None:
+        blocks_of(model, remat)
+    restore(model)
+    if remat is not None:
+        rematerialize(model, remat)
+    if loss is not None:
+        chunk_loss(model, chunk_size)
+    return model
+
+
+def restore(model: keras.Model) -> keras.Model:
+    """Undoes what `keras_peft.training` put onto `model`, in place.
+
+    Weights, adapters, optimizer and what `compile` was told stay as they are.
+    A model on which nothing was put stays as it is.
+
+    Returns:
+        `model`.
+    """
+    layers = layer_tree.layers_by_path(model).values()
+    if [name for la in layers for name in layer_tree.restore_methods(la)]:
+        layer_tree.forget_compiled(model, optimizer=False)
+    return model
