@@ -16,8 +16,6 @@ takes an hour of a GPU, and days without one.
 """
 
 import argparse
-import contextlib
-import fcntl
 import functools
 import itertools
 import json
@@ -29,6 +27,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from runs.alone import device
 from runs.data import installed_preset
 
 RATES = {
@@ -108,18 +107,6 @@ def write(path, row):
     with path.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
-
-
-@contextlib.contextmanager
-def device(path, alone=False):
-    """Waits until no other process has it `alone`, or until none has it."""
-    gate = path.with_suffix(".gate")
-    with gate.open("w") as turn, path.with_suffix(".lock").open("w") as use:
-        # Who waits to be alone keeps the gate, so that others cannot overtake.
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        fcntl.flock(use, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
-        yield
 
 
 def work(options, library, name):

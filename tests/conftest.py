@@ -28,6 +28,8 @@ MOVED = {
     "test_modules.py",
     "test_prompts.py",
     "test_raw_weights.py",
+    "test_training_chunked_loss.py",
+    "test_training_rematerialize.py",
 }
 
 

@@ -237,6 +237,7 @@ def test_prepare_puts_on_what_was_asked_for():
         ({"loss": "mse"}, "loss="),
         ({"remat": "some"}, "policy="),
         ({"chunk_size": 0}, "chunk_size="),
+        ({"attention": "flash"}, "attention="),
     ],
 )
 def test_prepare_refuses_before_it_changes_anything(settings, said):

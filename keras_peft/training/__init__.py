@@ -6,6 +6,7 @@
 >>> causal_lm.fit(inputs, targets, callbacks=[keras_peft.training.Progress()])
 """
 
+from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import chunk_loss
 from keras_peft.training.prepare import prepare
 from keras_peft.training.prepare import restore
@@ -16,6 +17,7 @@ from keras_peft.training.smoothed import SmoothedCrossentropy
 __all__ = [
     "Progress",
     "SmoothedCrossentropy",
+    "causal_attention",
     "chunk_loss",
     "prepare",
     "rematerialize",

@@ -3,6 +3,8 @@
 import keras
 
 from keras_peft import layer_tree
+from keras_peft.training.causal_attention import attentions_of
+from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import checked_split
 from keras_peft.training.chunked_loss import chunk_loss
 from keras_peft.training.rematerialize import blocks_of
@@ -13,9 +15,10 @@ def prepare(
     model: keras.Model,
     loss: str | None = "chunked",
     remat: str | None = None,
+    attention: str | None = "auto",
     chunk_size: int = 1024,
 ) -> keras.Model:
-    """Puts onto `model` what makes its training smaller, in place.
+    """Puts onto `model` what makes training faster and smaller, in place.
 
     Then `compile` and `fit` as ever. Nothing of it is in what is saved, be it
     the model or an adapter; adapters can be added, merged and removed before
@@ -29,6 +32,9 @@ def prepare(
         remat: `"full"` or `"dots"`: blocks are computed again in the backward
             pass (`keras_peft.training.rematerialize`). `None`: activations
             are kept.
+        attention: `"causal"`: by a kernel that needs no mask, on JAX
+            (`keras_peft.training.causal_attention`). `None`: as Keras does.
+            `"auto"`: `"causal"` on JAX with a GPU, else `None`.
         chunk_size: Positive integer. Tokens whose logits exist at once.
 
     Returns:
@@ -49,17 +55,36 @@ def prepare(
             "way. Which loss it is, `model.compile` is told. "
             f"Received: loss={loss!r}"
         )
+    if attention not in ("auto", "causal", None):
+        raise ValueError(
+            "`attention` must be 'auto', 'causal' or None. "
+            f"Received: attention={attention!r}"
+        )
+    if attention == "auto":
+        attention = "causal" if _is_jax_on_gpu() else None
     # What cannot be put on is found before anything is taken off.
     if loss is not None:
         checked_split(model, chunk_size)
     if remat is not None:
         blocks_of(model, remat)
+    if attention is not None:
+        attentions_of(model)
     restore(model)
+    if attention is not None:
+        causal_attention(model)
     if remat is not None:
         rematerialize(model, remat)
     if loss is not None:
         chunk_loss(model, chunk_size)
     return model
+
+
+def _is_jax_on_gpu():
+    if keras.config.backend() != "jax":
+        return False
+    import jax
+
+    return jax.default_backend() == "gpu"
 
 
 def restore(model: keras.Model) -> keras.Model:

@@ -1,0 +1,108 @@
+"""Rows of `benchmarks/train_gpu.py` in Keras."""
+
+import time
+
+import keras
+import keras_hub
+import numpy as np
+from runs.alone import device
+
+import keras_peft
+from keras_peft.training.progress import peak_bytes
+
+WARM, TIMED, TURNS = 4, 20, 2
+PROJECTIONS = (
+    "query",
+    "key",
+    "value",
+    "attention_output",
+    "feedforward_intermediate_dense",
+    "feedforward_gate_dense",
+    "feedforward_output_dense",
+)
+
+
+def measure(path, rows, length, vocabulary, lora="ours", prepare=None, **shape):
+    """`{"step": seconds, "first_step": seconds, "peak_gib": ...}`."""
+    with device(path):
+        model = build(vocabulary, lora, prepare, **shape)
+        arrays = batches(rows, length, vocabulary)
+        start = time.perf_counter()
+        fit(model, arrays, rows, 1)
+        first = time.perf_counter() - start
+        losses = [fit(model, arrays, rows, WARM)]
+    reset_peak()
+    times = []
+    with device(path, alone=True):
+        for _ in range(TURNS):
+            start = time.perf_counter()
+            losses.append(fit(model, arrays, rows, TIMED))
+            times.append((time.perf_counter() - start) / TIMED)
+    peak = peak_bytes() or 0
+    return dict(
+        step=min(times),
+        steps=times,
+        first_step=first,
+        peak_gib=peak / 2**30,
+        losses=losses,
+        trainable=int(sum(np.prod(v.shape) for v in model.trainable_variables)),
+    )
+
+
+def build(
+    vocabulary, lora, prepare, layers, heads, key_heads, hidden, inner, rank
+):
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.Llama3Backbone(
+        vocabulary_size=vocabulary,
+        num_layers=layers,
+        num_query_heads=heads,
+        num_key_value_heads=key_heads,
+        hidden_dim=hidden,
+        intermediate_dim=inner,
+        rope_max_wavelength=500000.0,
+        layer_norm_epsilon=1e-5,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    if lora == "keras":
+        backbone.enable_lora(rank, target_layer_names=list(PROJECTIONS))
+    model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    if lora == "ours":
+        keras_peft.adapt(model, keras_peft.LoRA(rank=rank), PROJECTIONS)
+    if prepare is not None:
+        keras_peft.training.prepare(model, **prepare)
+    model.compile(
+        optimizer=keras.optimizers.AdamW(1e-4, weight_decay=0.01),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[],
+    )
+    return model
+
+
+def batches(rows, length, vocabulary):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocabulary, (TIMED * rows, length)).astype("int32")
+    return (
+        {"token_ids": tokens, "padding_mask": np.ones_like(tokens)},
+        np.roll(tokens, -1, axis=1),
+    )
+
+
+def fit(model, arrays, rows, steps):
+    """The loss after some steps."""
+    some = keras.tree.map_structure(lambda a: a[: steps * rows], arrays)
+    history = keras.Model.fit(
+        model, *some, batch_size=rows, shuffle=False, verbose=0
+    )
+    # Where a program failed, Keras leaves the array, and this raises.
+    return float(history.history["loss"][-1])
+
+
+def reset_peak():
+    # JAX has no such call: there the peak of compiling is counted as well.
+    if keras.config.backend() == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
