@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from keras_peft.export.report import ExportReport
     from keras_peft.merge import MergeReport
 
-__all__ = ["to_genai", "to_litert", "to_onnx", "verify"]
+__all__ = ["sum_adapters", "to_genai", "to_litert", "to_onnx", "verify"]
 
 
 def to_onnx(
@@ -258,6 +258,43 @@ def to_genai(
         context_length=context_length,
         adapters=adapters,
     )
+
+
+def sum_adapters(
+    files: Sequence[str | Path], weights: Sequence[float], file: str | Path
+) -> None:
+    """Writes the weighted sum of exported adapters as one more.
+
+    The runtimes add no adapters up: of two that are active they take the
+    first. `A` and `B` of all stand side by side, so the sum is exact and the
+    ranks add up.
+
+    Args:
+        files: `.onnx_adapter` files of LoRA that `to_genai` wrote for one
+            base.
+        weights: A number for each; negative ones take a change back.
+        file: The `.onnx_adapter` file to write.
+
+    Raises:
+        ValueError: If the files are of different bases, hold virtual tokens,
+            or are damaged. Nothing is written then.
+        ImportError: If `pip install keras-peft[genai]` is missing.
+
+    Example:
+    ```python
+    keras_peft.export.sum_adapters(
+        ["app/formal.onnx_adapter", "app/brief.onnx_adapter"],
+        [1.0, 0.5],
+        "app/formal-and-brief.onnx_adapter",
+    )
+    ```
+    """
+    from keras_peft.export.genai.checks import check_packages
+
+    check_packages()
+    from keras_peft.export.genai import adapter_file
+
+    adapter_file.sum_files(files, weights, file)
 
 
 def verify(

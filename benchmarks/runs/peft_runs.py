@@ -196,7 +196,10 @@ class Runner:
             for rows in order.split(batch):
                 if done == total:
                     break
-                self._loss(model, data, rows).backward()
+                loss = self._loss(model, data, rows)
+                if self.name == "AdaLoRA":
+                    loss = loss + _distance_from_orthonormal(model)
+                loss.backward()
                 for optimizer in optimizers:
                     optimizer.step()
                 if self.name == "AdaLoRA" and steps is None:
@@ -240,6 +243,19 @@ class Runner:
             return float(torch.cat(right).float().mean())
         total = sum(float(self._loss(model, data, c, "sum")) for c in chunks)
         return -total / float(data["weights"].sum())
+
+
+def _distance_from_orthonormal(model):
+    """What PEFT adds to a loss that the model itself computes of labels."""
+    weight = peft.AdaLoraConfig(total_step=1).orth_reg_weight
+    distances = []
+    for name, matrix in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            rows = matrix if "lora_A" in name else matrix.T
+            gram = rows @ rows.T
+            excess = gram - torch.eye(len(gram), device=gram.device)
+            distances.append(torch.linalg.norm(excess))
+    return weight * torch.stack(distances).mean()
 
 
 def _wait():

@@ -15,10 +15,11 @@ from keras_peft.export.blockwise import quantize
 from keras_peft.export.blockwise import search
 from keras_peft.export.blockwise.mixture import Group
 from keras_peft.export.blockwise.mixture import in_4_bits
+from keras_peft.export.genai.plan import LAYER_BLOCKS
+from keras_peft.export.genai.plan import TABLE_BLOCK
 from keras_peft.kernels import kernel_of
 
 BUDGET = 104_500_000
-TABLE_BLOCK = 64
 # Rows of the calibration on which each group's loss at 4 bits is measured.
 SENSITIVITY_ROWS = 4
 
@@ -97,7 +98,13 @@ def variants(model, trained):
     """Yields `(name, {path: Blockwise})`, the table in 8 bits in all."""
     kernels, grams = model.kernels, model.grams
     squares = {path: np.diagonal(gram) for path, gram in grams.items()}
-    yield "int8, nearest", model.all(lambda p: quantize(kernels[p], 8))
+    large = LAYER_BLOCKS[8]
+    eight = model.all(lambda p: quantize(kernels[p], 8, large))
+    yield "int8, nearest", eight
+    yield (
+        "int8, GPTQ",
+        model.all(lambda p: gptq(kernels[p], grams[p], 8, large)),
+    )
     yield "int4, nearest", model.all(lambda p: quantize(kernels[p], 4))
     yield "int4, best grid", model.all(lambda p: search(kernels[p], 4))
     yield (
@@ -106,9 +113,7 @@ def variants(model, trained):
     )
     small = model.all(lambda p: gptq(kernels[p], grams[p], 4))
     yield "int4, GPTQ", small
-    large = model.all(lambda p: search(kernels[p], 8, 32, squares[p]))
-    yield "int8, best grid for the inputs", large
-    yield "int4 and int8, GPTQ", _mixed(model, small, large)
+    yield "int4, GPTQ, and int8", _mixed(model, small, eight)
     for name, stored in trained.items():
         yield f"int4, quantization-aware, {name}", stored
 

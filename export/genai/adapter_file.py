@@ -117,25 +117,11 @@ def read_file(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
 def sum_files(
     paths: Sequence[str | Path], weights: Sequence[float], path: str | Path
 ) -> None:
-    """Writes the weighted sum of adapters as one adapter.
-
-    ONNX Runtime adds no adapters up: of two that are active it takes the
-    first. `A` and `B` of all stand side by side, so the sum is exact and the
-    ranks add up.
-
-    Args:
-        paths: Adapter files of one base, of low rank.
-        weights: A number for each.
-        path: The file to write.
-
-    Raises:
-        ValueError: If they are of different bases, or hold something else
-            than changes of low rank.
-    """
+    """As `keras_peft.export.sum_adapters`."""
     if isinstance(paths, str | Path) or len(paths) != len(weights) or not paths:
         raise ValueError(
             "Expected a list of adapter files and one weight for each. "
-            f"Received: paths={paths!r}, weights={weights!r}"
+            f"Received: files={paths!r}, weights={weights!r}"
         )
     files = [read_file(each) for each in paths]
     _check_summable(paths, files)

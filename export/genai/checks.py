@@ -28,10 +28,8 @@ QUANTIZE = (None, "float16", "int8", "int4")
 USUAL_CONTEXT = 2048
 
 
-def check_arguments(
-    model: keras.Model, folder: str | Path, quantize: str | None
-) -> None:
-    """Raises for what can be seen without reading weights."""
+def check_packages() -> None:
+    """Raises an `ImportError` if a package is not installed."""
     missing = [
         name
         for name in ("onnx_ir", "onnxruntime", "onnxruntime_genai")
@@ -39,10 +37,17 @@ def check_arguments(
     ]
     if missing:
         raise ImportError(
-            "Exporting a language model needs packages that are not "
+            "Language models on a device need packages that are not "
             "installed; get them with `pip install keras-peft[genai]`. "
             f"Received: no {missing}"
         )
+
+
+def check_arguments(
+    model: keras.Model, folder: str | Path, quantize: str | None
+) -> None:
+    """Raises for what can be seen without reading weights."""
+    check_packages()
     problems = [*_carried(model), *check_target(folder)]
     if quantize not in QUANTIZE:
         problems.append(

@@ -15,6 +15,7 @@ from described import build
 from described import logits
 
 import keras_peft
+from keras_peft.export import sum_adapters
 from keras_peft.export.blockwise import quantize
 from keras_peft.export.genai import adapter_file
 from keras_peft.export.genai import adapters
@@ -133,7 +134,7 @@ def test_a_sum_of_files_is_the_sum_of_changes(llama, tmp_path):
         trained(llama.model, folder, method, seed)
     files = [llama.write(folder, folder.name) for folder in folders]
     summed = tmp_path / "sum.onnx_adapter"
-    adapter_file.sum_files(files, weights, summed)
+    sum_adapters(files, weights, summed)
     keras_peft.combine_adapters(folders, weights, tmp_path / "combined")
     keras_peft.load_adapter(llama.model, tmp_path / "combined")
     expected = logits(llama.model, IDS)
@@ -178,7 +179,7 @@ def test_a_file_of_another_base_is_refused(llama, tmp_path):
         llama(path)
     with pytest.raises(ValueError, match="one base"):
         files = [llama.folder / "a.onnx_adapter", path]
-        adapter_file.sum_files(files, [1, 1], tmp_path / "c.onnx_adapter")
+        sum_adapters(files, [1, 1], tmp_path / "c.onnx_adapter")
 
 
 def test_a_layer_without_a_place_is_named(llama, tmp_path):

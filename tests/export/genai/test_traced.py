@@ -84,6 +84,9 @@ def test_a_description_gives_the_logits_of_a_trace(name, tmp_path):
 def exported(request, tmp_path_factory):
     """A model of a family without description, its folder and its report."""
     model = moved(ZOO[request.param].build())
+    # On JAX and TensorFlow, Gemma 3n's head is the table as it was when the
+    # model was made, so it is made again.
+    model = type(model)(backbone=model.backbone, preprocessor=None)
     folder = tmp_path_factory.mktemp("traced") / "out"
     report = to_genai(model, folder, context_length=32)
     return model, folder, report
