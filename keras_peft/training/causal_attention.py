@@ -74,13 +74,10 @@ def _call(layer, *args, **kwargs):
     original = layer_tree.method_of_class(layer, "call")
     if not layer_tree.is_training(layer):
         return original(*args, **kwargs)
-    # keras-hub finds operations in the one, layers of Keras in the other.
-    modules = keras.ops, keras.src.ops
     heads = _SharedHeads()
-    with (
-        replaced(modules[0], repeat=heads.repeat, **_attention_of(heads)),
-        replaced(modules[1], repeat=heads.repeat, **_attention_of(heads)),
-    ):
+    ours = dict(repeat=heads.repeat, dot_product_attention=_attention(heads))
+    # keras-hub finds operations in the one, layers of Keras in the other.
+    with replaced(keras.ops, **ours), replaced(keras.src.ops, **ours):
         return original(*args, **kwargs)
 
 
@@ -102,7 +99,7 @@ class _SharedHeads:
         return self.found.get(id(x), (x, x))[1]
 
 
-def _attention_of(heads):
+def _attention(heads):
     of_keras = keras.ops.dot_product_attention
 
     def attention(query, key, value, bias=None, mask=None, scale=None, **rest):
@@ -112,4 +109,4 @@ def _attention_of(heads):
         key, value = heads.shared(key), heads.shared(value)
         return attend(query, key, value, mask, scale)
 
-    return {"dot_product_attention": attention}
+    return attention

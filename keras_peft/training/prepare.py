@@ -3,6 +3,7 @@
 import keras
 
 from keras_peft import layer_tree
+from keras_peft.blocks import find_blocks
 from keras_peft.training.causal_attention import attentions_of
 from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import checked_split
@@ -34,7 +35,8 @@ def prepare(
             are kept.
         attention: `"causal"`: by a kernel that needs no mask, on JAX
             (`keras_peft.training.causal_attention`). `None`: as Keras does.
-            `"auto"`: `"causal"` on JAX with a GPU, else `None`.
+            `"auto"`: `"causal"` on JAX with a GPU, if the model has
+            transformer blocks, else `None`.
         chunk_size: Positive integer. Tokens whose logits exist at once.
 
     Returns:
@@ -61,7 +63,10 @@ def prepare(
             f"Received: attention={attention!r}"
         )
     if attention == "auto":
-        attention = "causal" if _is_jax_on_gpu() else None
+        attends = _is_jax_on_gpu() and find_blocks(
+            layer_tree.layers_by_path(model)
+        )
+        attention = "causal" if attends else None
     # What cannot be put on is found before anything is taken off.
     if loss is not None:
         checked_split(model, chunk_size)
