@@ -82,7 +82,18 @@ def trace(
     import onnx
 
     with traced(model, signature, sample, tracer, "graph.onnx") as path:
-        return onnx.load(path)
+        graph = onnx.load(path)
+    unknown = {
+        node.op_type
+        for node in graph.graph.node
+        if not node.domain and not onnx.defs.has(node.op_type)
+    }
+    if unknown:
+        raise TracingError(
+            "operators were left that ONNX does not have. Received: "
+            f"{sorted(unknown)}"
+        )
+    return graph
 
 
 @contextlib.contextmanager

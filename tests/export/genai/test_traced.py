@@ -21,6 +21,7 @@ from keras_peft.export.genai import graph
 from keras_peft.export.genai import traced
 from keras_peft.export.genai.shelf import Shelf
 from keras_peft.export.genai.traced import Traced
+from keras_peft.export.worker import TracingError
 
 # As in test_families: two orders of summing, of the same products.
 TOLERANCE = 2e-5
@@ -185,4 +186,13 @@ def test_what_needs_a_description_is_refused(options, message, tmp_path):
     model = ZOO["Gemma4CausalLM"].build()
     with pytest.raises(ValueError, match=message):
         to_genai(model, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_cache_that_no_tracer_takes_is_refused(tmp_path):
+    # Torch fixes the length of Gemma 4's caches, TensorFlow leaves an operator.
+    model = ZOO["Gemma4CausalLM"].build()
+    with pytest.raises(TracingError, match="that ONNX does not have"):
+        to_genai(model, tmp_path / "out", context_length=32)
     assert not list(tmp_path.iterdir())
