@@ -56,7 +56,7 @@ def convolutional():
     return keras.Model(inputs, k.Dense(3)(hidden))
 
 
-def bert_backbone():
+def bert_backbone(dropout=0.0):
     import keras_hub
 
     return keras_hub.models.BertBackbone(
@@ -66,15 +66,18 @@ def bert_backbone():
         hidden_dim=8,
         intermediate_dim=16,
         max_sequence_length=8,
-        dropout=0.0,
+        dropout=dropout,
     )
 
 
-def bert_classifier():
+def bert_classifier(dropout=0.0):
     import keras_hub
 
     return keras_hub.models.BertTextClassifier(
-        bert_backbone(), num_classes=3, preprocessor=None, dropout=0.0
+        bert_backbone(dropout),
+        num_classes=3,
+        preprocessor=None,
+        dropout=dropout,
     )
 
 
@@ -85,7 +88,7 @@ def own_classifier():
     return keras.Model(backbone.input, k.Dense(3, name="logits")(pooled))
 
 
-def gpt2():
+def gpt2(dropout=0.0):
     import keras_hub
 
     backbone = keras_hub.models.GPT2Backbone(
@@ -95,12 +98,12 @@ def gpt2():
         hidden_dim=8,
         intermediate_dim=16,
         max_sequence_length=8,
-        dropout=0.0,
+        dropout=dropout,
     )
     return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
 
 
-def llama():
+def llama(dropout=0.0):
     import keras_hub
 
     backbone = keras_hub.models.LlamaBackbone(
@@ -110,6 +113,7 @@ def llama():
         num_key_value_heads=1,
         hidden_dim=8,
         intermediate_dim=16,
+        dropout=dropout,
     )
     return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
 
@@ -251,9 +255,10 @@ def outputs(model, name):
     )
 
 
-def fit(model, name, epochs=2, optimizer=None, **kwargs):
+def fit(model, name, epochs=2, optimizer=None, inputs=None, **kwargs):
     """Trains with plain `fit`, Adam by default; returns the losses."""
-    inputs, targets = data(name)
+    usual, targets = data(name)
+    inputs = usual if inputs is None else inputs
     if name == "bert-backbone":
         targets = {
             "sequence_output": np.zeros((8, 6, 8), "float32"),
@@ -276,6 +281,27 @@ def fit(model, name, epochs=2, optimizer=None, **kwargs):
         **kwargs,
     )
     return history.history["loss"]
+
+
+def loss_on_jax(model, inputs):
+    """`(a loss as a function of what trains, what trains)`."""
+
+    def loss(trainable):
+        others = [v.value for v in model.non_trainable_variables]
+        outputs, _ = model.stateless_call(
+            trainable, others, inputs, training=True
+        )
+        return keras.ops.mean(outputs)
+
+    return loss, [v.value for v in model.trainable_variables]
+
+
+def kept_on_jax(model, inputs):
+    """Numbers that the backward pass needs of the forward pass."""
+    import jax
+
+    _, pull = jax.vjp(*loss_on_jax(model, inputs))
+    return sum(array.size for array in jax.tree.leaves(pull))
 
 
 def values(variables):

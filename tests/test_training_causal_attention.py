@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 from models import build
 from models import data
+from models import fit
+from models import kept_on_jax
+from models import loss_on_jax
 from models import values
 
 from keras_peft import layer_tree
@@ -72,19 +75,15 @@ def test_attention_is_that_of_keras_for_every_mask(name):
 
 def trained(name, attention, pad):
     model = build(name)
-    inputs, targets = data(name)
+    inputs, _ = data(name)
     if pad is not None:
         inputs["padding_mask"][1:, pad] = False
     if attention:
         training.causal_attention(model)
-    model.compile(
-        keras.optimizers.SGD(0.1),
-        keras.losses.SparseCategoricalCrossentropy(True),
+    losses = fit(
+        model, name, optimizer=keras.optimizers.SGD(0.1), inputs=inputs
     )
-    history = keras.Model.fit(
-        model, inputs, targets, epochs=2, batch_size=4, shuffle=False, verbose=0
-    )
-    return history.history["loss"], values(model.trainable_variables)
+    return losses, values(model.trainable_variables)
 
 
 @on_jax
@@ -109,18 +108,10 @@ def test_shared_keys_are_kept_once():
         if attention:
             training.causal_attention(model)
         inputs = data("llama")[0]
-        state = [v.value for v in model.trainable_variables]
-        others = [v.value for v in model.non_trainable_variables]
-
-        def loss(state, model=model, others=others, inputs=inputs):
-            call = model.stateless_call
-            outputs, _ = call(state, others, inputs, training=True)
-            return keras.ops.mean(outputs)
-
+        loss, state = loss_on_jax(model, inputs)
         program = str(jax.make_jaxpr(jax.grad(loss))(state))
         assert ("cond[" in program) == attention
-        _, pull = jax.vjp(loss, state)
-        kept.append(sum(array.size for array in jax.tree.leaves(pull)))
+        kept.append(kept_on_jax(model, inputs))
     assert kept[0] < kept[1]
 
 

@@ -3,9 +3,11 @@
 import keras
 import numpy as np
 import pytest
+from models import MODELS
 from models import build
 from models import data
 from models import fit
+from models import kept_on_jax
 from models import same_bits
 from models import values
 
@@ -17,59 +19,10 @@ BACKEND = keras.config.backend()
 POLICIES = ["full"] if BACKEND == "tensorflow" else ["full", "dots"]
 
 
-def llama():
-    import keras_hub
-
-    backbone = keras_hub.models.LlamaBackbone(
-        vocabulary_size=20,
-        num_layers=2,
-        num_query_heads=2,
-        num_key_value_heads=1,
-        hidden_dim=8,
-        intermediate_dim=16,
-        dropout=0.3,
-    )
-    return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
-
-
-def gpt2():
-    import keras_hub
-
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=20,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=8,
-        dropout=0.3,
-    )
-    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
-
-
-def bert():
-    import keras_hub
-
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=20,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=8,
-        dropout=0.3,
-    )
-    return keras_hub.models.BertTextClassifier(
-        backbone, num_classes=3, preprocessor=None
-    )
-
-
-DROPPING = {"llama": llama, "gpt2": gpt2, "bert-classifier": bert}
-
-
 def model_with_dropout(name):
     keras.utils.set_random_seed(1)
-    return keras_peft.adapt(DROPPING[name](), keras_peft.LoRA(2, dropout=0.2))
+    model = MODELS[name](dropout=0.3)
+    return keras_peft.adapt(model, keras_peft.LoRA(2, dropout=0.2))
 
 
 def losses(model, name):
@@ -100,21 +53,6 @@ def test_every_kind_of_block_trains_as_before(name):
 
 
 # -- What is kept ------------------------------------------------------------
-
-
-def kept_on_jax(model, inputs):
-    """Sizes of what the backward pass needs of the forward pass."""
-    import jax
-
-    def loss(trainable):
-        others = [v.value for v in model.non_trainable_variables]
-        outputs, _ = model.stateless_call(
-            trainable, others, inputs, training=True
-        )
-        return keras.ops.mean(outputs)
-
-    _, pull = jax.vjp(loss, [v.value for v in model.trainable_variables])
-    return sum(array.size for array in jax.tree.leaves(pull))
 
 
 @pytest.mark.slice

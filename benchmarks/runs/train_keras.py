@@ -6,11 +6,13 @@ import keras
 import keras_hub
 import numpy as np
 from runs.alone import device
+from runs.steps import TIMED
+from runs.steps import WARM
+from runs.steps import seconds_per_step
 
 import keras_peft
 from keras_peft.training.progress import peak_bytes
 
-WARM, TIMED, TURNS = 4, 20, 2
 PROJECTIONS = (
     "query",
     "key",
@@ -24,20 +26,20 @@ PROJECTIONS = (
 
 def measure(path, rows, length, vocabulary, lora="ours", prepare=None, **shape):
     """`{"step": seconds, "first_step": seconds, "peak_gib": ...}`."""
+    losses = []
+
+    def train(steps):
+        losses.append(fit(model, arrays, rows, steps))
+
     with device(path):
         model = build(vocabulary, lora, prepare, **shape)
         arrays = batches(rows, length, vocabulary)
         start = time.perf_counter()
-        fit(model, arrays, rows, 1)
+        train(1)
         first = time.perf_counter() - start
-        losses = [fit(model, arrays, rows, WARM)]
+        train(WARM)
     reset_peak()
-    times = []
-    with device(path, alone=True):
-        for _ in range(TURNS):
-            start = time.perf_counter()
-            losses.append(fit(model, arrays, rows, TIMED))
-            times.append((time.perf_counter() - start) / TIMED)
+    times = seconds_per_step(path, train)
     peak = peak_bytes() or 0
     return dict(
         step=min(times),

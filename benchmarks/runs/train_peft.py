@@ -6,8 +6,9 @@ import peft
 import torch
 import transformers
 from runs.alone import device
+from runs.steps import WARM
+from runs.steps import seconds_per_step
 
-WARM, TIMED, TURNS = 4, 20, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROJECTIONS = [
     *("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -25,6 +26,7 @@ def measure(
     **shape,
 ):
     """`{"step": seconds, "first_step": seconds, "peak_gib": ...}`."""
+    losses = []
     with device(path):
         model = build(vocabulary, checkpoint, **shape)
         learned = [p for p in model.parameters() if p.requires_grad]
@@ -35,39 +37,31 @@ def measure(
         torch.manual_seed(0)
         tokens = torch.randint(0, vocabulary, (4, rows, length)).to(DEVICE)
 
-        def step(i):
-            ids = tokens[i % 4]
-            # What `transformers.Trainer(bf16=True)` does.
-            with torch.autocast(DEVICE, torch.bfloat16):
-                loss = forward(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss
+        def train(steps):
+            for i in range(steps):
+                ids = tokens[i % 4]
+                # What `transformers.Trainer(bf16=True)` does.
+                with torch.autocast(DEVICE, torch.bfloat16):
+                    loss = forward(input_ids=ids, labels=ids).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
 
         start = time.perf_counter()
-        step(0).item()
+        train(1)
         first = time.perf_counter() - start
-        for i in range(WARM):
-            loss = step(i)
-        loss.item()
+        train(WARM)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    with device(path, alone=True):
-        for _ in range(TURNS):
-            start = time.perf_counter()
-            for i in range(TIMED):
-                loss = step(i)
-            last = loss.item()
-            times.append((time.perf_counter() - start) / TIMED)
+    times = seconds_per_step(path, train)
     peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
     return dict(
         step=min(times),
         steps=times,
         first_step=first,
         peak_gib=peak / 2**30,
-        losses=[last],
+        losses=losses,
         trainable=sum(p.numel() for p in learned),
     )
 

@@ -23,45 +23,55 @@ def attend(query, key, value, mask, scale):
     import jax
 
     mask = mask.astype(bool)
-    implementation = "cudnn" if _has_kernel(query) else "xla"
+    attention_of_jax = functools.partial(
+        jax.nn.dot_product_attention,
+        scale=scale,
+        implementation="cudnn" if _has_kernel(query) else "xla",
+    )
 
-    def form(index):
-        return functools.partial(_FORMS[index], scale, implementation)
+    def computing(said):
+        def form(query, key, value, mask):
+            return attention_of_jax(query, key, value, **said(query, mask))
 
-    def gradients(index):
+        return form
+
+    def pulling(form):
         def pull(query, key, value, mask, upstream):
-            def forward(*arrays):
-                return form(index)(*arrays, mask)
-
-            return jax.vjp(forward, query, key, value)[1](upstream)
+            masked = functools.partial(form, mask=mask)
+            return jax.vjp(masked, query, key, value)[1](upstream)
 
         return pull
 
+    forms = [computing(said) for said in _SAID]
+    pulls = [pulling(form) for form in forms]
+
     @jax.custom_vjp
-    def attention(query, key, value, mask):
-        forms = [form(index) for index in range(len(_FORMS))]
-        return jax.lax.switch(form_of(mask), forms, query, key, value, mask)
+    def attention(*arrays):
+        return jax.lax.switch(form_of(arrays[-1]), forms, *arrays)
 
-    def forward(query, key, value, mask):
-        return attention(query, key, value, mask), (query, key, value, mask)
+    def forward(*arrays):
+        return attention(*arrays), arrays
 
-    def backward(saved, upstream):
-        pulls = [gradients(index) for index in range(len(_FORMS))]
-        found = jax.lax.switch(form_of(saved[3]), pulls, *saved, upstream)
-        return (*found, None)
+    def backward(arrays, upstream):
+        index = form_of(arrays[-1])
+        return (*jax.lax.switch(index, pulls, *arrays, upstream), None)
 
     attention.defvjp(forward, backward)
     return attention(query, key, value, mask)
 
 
-def _has_kernel(query):
-    """Whether cuDNN's kernel is there, and takes such arrays."""
+def is_on_gpu() -> bool:
+    """Whether JAX computes on a GPU."""
     import jax
 
+    return jax.default_backend() == "gpu"
+
+
+def _has_kernel(query):
+    """Whether cuDNN's kernel is there, and takes such arrays."""
     size = query.shape[-1]
     is_half = str(query.dtype) in ("float16", "bfloat16")
-    is_gpu = jax.default_backend() == "gpu"
-    return is_gpu and is_half and size % 8 == 0 and size <= 128
+    return is_on_gpu() and is_half and size % 8 == 0 and size <= 128
 
 
 def form_of(mask):
@@ -82,47 +92,28 @@ def _lengths(mask):
     return mask[:, 0, -1].sum(axis=-1, dtype="int32")
 
 
-def _full(scale, implementation, query, key, value, mask):
-    import jax
-
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        scale=scale,
-        is_causal=True,
-        implementation=implementation,
-    )
+# What each form tells the kernel of a mask, as arguments of
+# `jax.nn.dot_product_attention`.
 
 
-def _padded(scale, implementation, query, key, value, mask):
-    import jax
+def _full(query, mask):
+    return {"is_causal": True}
+
+
+def _padded(query, mask):
     import jax.numpy as jnp
 
-    lengths = jnp.broadcast_to(_lengths(mask), query.shape[:1])
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        scale=scale,
-        is_causal=True,
-        query_seq_lengths=jnp.full_like(lengths, query.shape[1]),
-        key_value_seq_lengths=lengths,
-        implementation=implementation,
-    )
+    rows, length = query.shape[:2]
+    lengths = jnp.broadcast_to(_lengths(mask), (rows,))
+    return {
+        "is_causal": True,
+        "query_seq_lengths": jnp.full_like(lengths, length),
+        "key_value_seq_lengths": lengths,
+    }
 
 
-def _masked(scale, implementation, query, key, value, mask):
-    import jax
-
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=scale,
-        implementation=implementation,
-    )
+def _masked(query, mask):
+    return {"mask": mask}
 
 
-_FORMS = _full, _padded, _masked
+_SAID = _full, _padded, _masked

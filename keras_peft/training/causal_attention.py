@@ -3,10 +3,10 @@
 import keras
 
 from keras_peft import layer_tree
-from keras_peft.blocks import find_blocks
 from keras_peft.replacing import replaced
 from keras_peft.training.attention_forms import attend
 from keras_peft.training.attention_forms import may_be_causal
+from keras_peft.training.model_blocks import layers_and_blocks
 
 
 def causal_attention(model: keras.Model) -> keras.Model:
@@ -55,19 +55,8 @@ def attentions_of(model: keras.Model) -> list[keras.Layer]:
             "runs. Leave attention as it is on other backends. "
             f"Received: backend {keras.config.backend()!r}"
         )
-    layers = layer_tree.layers_by_path(model)
-    paths = [
-        attention.path
-        for block in find_blocks(layers)
-        for attention in block.attention
-    ]
-    if not paths:
-        raise ValueError(
-            "The model has no transformer blocks, layers that hold an "
-            "attention and a feed-forward part. "
-            f"Received: model={model.name!r}"
-        )
-    return [layers[path] for path in paths]
+    layers, blocks = layers_and_blocks(model)
+    return [layers[a.path] for block in blocks for a in block.attention]
 
 
 def _call(layer, *args, **kwargs):

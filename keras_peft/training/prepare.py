@@ -4,6 +4,7 @@ import keras
 
 from keras_peft import layer_tree
 from keras_peft.blocks import find_blocks
+from keras_peft.training.attention_forms import is_on_gpu
 from keras_peft.training.causal_attention import attentions_of
 from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import checked_split
@@ -63,10 +64,9 @@ def prepare(
             f"Received: attention={attention!r}"
         )
     if attention == "auto":
-        attends = _is_jax_on_gpu() and find_blocks(
-            layer_tree.layers_by_path(model)
-        )
-        attention = "causal" if attends else None
+        is_served = keras.config.backend() == "jax" and is_on_gpu()
+        layers = layer_tree.layers_by_path(model)
+        attention = "causal" if is_served and find_blocks(layers) else None
     # What cannot be put on is found before anything is taken off.
     if loss is not None:
         checked_split(model, chunk_size)
@@ -82,14 +82,6 @@ def prepare(
     if loss is not None:
         chunk_loss(model, chunk_size)
     return model
-
-
-def _is_jax_on_gpu():
-    if keras.config.backend() != "jax":
-        return False
-    import jax
-
-    return jax.default_backend() == "gpu"
 
 
 def restore(model: keras.Model) -> keras.Model:

@@ -5,7 +5,7 @@ import functools
 import keras
 
 from keras_peft import layer_tree
-from keras_peft.blocks import find_blocks
+from keras_peft.training.model_blocks import layers_and_blocks
 
 _POLICIES = ("full", "dots")
 
@@ -62,15 +62,8 @@ def blocks_of(model: keras.Model, policy: str) -> list[keras.Layer]:
             "TensorFlow computes a block again as a whole. Use "
             f"policy='full', or JAX or torch. Received: policy={policy!r}"
         )
-    layers = layer_tree.layers_by_path(model)
-    blocks = [layers[block.path] for block in find_blocks(layers)]
-    if not blocks:
-        raise ValueError(
-            "The model has no transformer blocks, layers that hold an "
-            "attention and a feed-forward part, so nothing can be computed "
-            f"again by blocks. Received: model={model.name!r}"
-        )
-    return blocks
+    layers, blocks = layers_and_blocks(model)
+    return [layers[block.path] for block in blocks]
 
 
 def _call(remat, block, *args, **kwargs):
@@ -126,11 +119,9 @@ def _read(block):
     variables = [*block.trainable_variables, *moving]
     known = {id(variable) for variable in variables}
     others = [v for v in block.variables if id(v) not in known]
-    values = layer_tree.values_of(variables)
     # Torch assigns in place.
-    values[len(values) - len(moving) :] = [
-        keras.ops.copy(value) for value in values[len(values) - len(moving) :]
-    ]
+    copies = map(keras.ops.copy, layer_tree.values_of(moving))
+    values = [*layer_tree.values_of(block.trainable_variables), *copies]
     closed = zip(others, layer_tree.values_of(others), strict=True)
     return variables, values, list(closed)
 
