@@ -1,6 +1,6 @@
 """Training steps of a language model on one GPU, beside PEFT and Keras.
 
-python benchmarks/train_gpu.py [--rows A,B] [--results FILE] [--small]
+python benchmarks/train_gpu.py [--rows A B] [--results FILE] [--small]
 python benchmarks/train_gpu.py table [--results FILE]
 
 A Llama of 1.2 billion random parameters (the shape of Llama 3.2 1B) in
@@ -77,7 +77,7 @@ ROWS = {name: row for group in GROUPS for name, row in group.items()}
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("command", nargs="?", choices=("run", "table"))
-    parser.add_argument("--rows", help="some of the table's")
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--small", action="store_true")
     parser.add_argument(
         "--results", type=Path, default=Path("build/train_gpu.jsonl")
@@ -109,10 +109,9 @@ def work(options):
 
 
 def run(options):
-    wanted = options.rows.split(",") if options.rows else list(ROWS)
     for group in GROUPS:
         running = {}
-        for name in (name for name in group if name in wanted):
+        for name in (name for name in group if name in options.rows):
             log = options.results.with_suffix(f".{len(running)}.log")
             running[name] = (
                 log,
