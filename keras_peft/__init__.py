@@ -17,6 +17,7 @@ from keras_peft.adapt import remove
 from keras_peft.adapt import set_adapter
 from keras_peft.adapter_io import load_adapter
 from keras_peft.adapter_io import save_adapter
+from keras_peft.base_format import quantized_base
 from keras_peft.callbacks import AdapterCheckpoint
 from keras_peft.check_base import check_base
 from keras_peft.combine import combine_adapters
@@ -94,6 +95,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "optimizers",
+    "quantized_base",
     "remove",
     "save_adapter",
     "set_adapter",

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_peft import base_format
 from keras_peft import layer_tree
 from keras_peft.adapter_state import AdapterState
 from keras_peft.adapter_state import NamedAdapter
@@ -41,12 +42,15 @@ class AdaptedModel:
             "adapters": adapters,
             "active": state.active,
             "head": state.head,
+            "formats": base_format.formats(self),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         load = keras.saving.deserialize_keras_object
         model = load(config["base"], custom_objects=custom_objects)
+        with base_format.packed(model, config.get("formats", {})):
+            pass
         for name, adapter in config["adapters"].items():
             install(
                 model,

@@ -17,6 +17,7 @@ import safetensors.numpy
 import keras_peft
 from keras_peft import adapted_model
 from keras_peft import adapter_state
+from keras_peft import base_format
 from keras_peft import layer_tree
 from keras_peft import peft_files
 from keras_peft import peft_folder
@@ -26,6 +27,7 @@ from keras_peft.files import existing_folder
 from keras_peft.files import whole_folder
 from keras_peft.fingerprint import compare
 from keras_peft.fingerprint import fingerprint
+from keras_peft.fingerprint import formats_of
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.method import Method
@@ -146,6 +148,7 @@ def load_adapter(
     folder: str | Path,
     name: str = "default",
     trainable: bool = False,
+    base: str | None = "as_trained",
 ) -> keras.Model:
     """Adds the adapter in `folder` to `model` and makes it the active one.
 
@@ -162,6 +165,9 @@ def load_adapter(
             shapes can be checked.
         name: What to call the adapter in this model.
         trainable: Whether it, and the head, go on training.
+        base: `"as_trained"`: if the adapter was trained over a base in 4 or 8
+            bits, that of `model` is rounded to the same, so that it computes
+            what the trained one did. `None` leaves the base as it is.
 
     Returns:
         `model`.
@@ -169,7 +175,12 @@ def load_adapter(
     Raises:
         ValueError: with everything that is wrong, named in one message.
     """
+    if base not in ("as_trained", None):
+        raise ValueError(
+            f"`base` must be 'as_trained' or None. Received: base={base!r}"
+        )
     folder = existing_folder(folder)
+    formats = {}
     if peft_files.is_peft_folder(folder):
         found = peft_folder.read(model, folder)
         method, paths, head = found.method, found.paths, found.head
@@ -178,16 +189,43 @@ def load_adapter(
         settings, method, tensors = read_files(folder)
         paths, head = list(settings["layers"]), list(settings["head"])
         _check_base(model, folder, settings)
-    _check_model(model, folder, method, paths, head, name)
-    expected = _expected(model, method, paths, head)
-    _check_tensors(folder, tensors, expected)
-    if not (adapter_state.is_adapted(model) and name in model.peft.adapters):
-        adapter = NamedAdapter(method, paths)
-        adapted_model.install(model, name, adapter, head)
+        if base is not None:
+            formats = _formats_to_take(model, folder, settings)
+    with base_format.packed(model, formats):
+        _check_model(model, folder, method, paths, head, name)
+        expected = _expected(model, method, paths, head)
+        _check_tensors(folder, tensors, expected)
+        if not _has_adapter(model, name):
+            adapter = NamedAdapter(method, paths)
+            adapted_model.install(model, name, adapter, head)
     model.peft.adapters[name].trainable = trainable
     _assign(model, name, tensors)
     adapted_model.activate(model, {name: 1.0})
     return model
+
+
+def _has_adapter(model, name):
+    return adapter_state.is_adapted(model) and name in model.peft.adapters
+
+
+def _formats_to_take(model, folder, settings):
+    """`{path: format}` of layers to round, as the adapter was trained."""
+    trained, now = formats_of(settings["base"]), base_format.formats(model)
+    missing = {p: form for p, form in trained.items() if p not in now}
+    wrong = [path for path in now if trained.get(path) != now[path]]
+    if wrong or (missing and adapter_state.is_adapted(model)):
+        raise ValueError(
+            "The adapter was trained over a base in "
+            f"{_names(trained)}, and this one, which is in {_names(now)}, "
+            "cannot become that. Load the adapter into a model as it was "
+            "before, or with `base=None` over another base than it knew. "
+            f"Received: {str(folder)!r}"
+        )
+    return missing
+
+
+def _names(formats):
+    return ", ".join(sorted({*formats.values()})) or "its own dtype"
 
 
 def _assign(model, name, tensors):

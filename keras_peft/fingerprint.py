@@ -7,23 +7,30 @@ import keras
 import numpy as np
 
 from keras_peft import layer_tree
+from keras_peft.packed_kernel import PackedKernel
+from keras_peft.packed_kernel import samples
 from keras_peft.patterns import lies_in
-
-# Evenly spaced numbers of each weight: another checkpoint differs in most.
-_SAMPLES = 4
 
 
 def fingerprint(
     model: keras.Layer, head: Sequence[str] | None = None
 ) -> dict[str, dict]:
-    """`{"path.weight": {"shape", "dtype", "samples"}}` of the base."""
+    """`{"path.weight": {"shape", "dtype", "samples"}}` of the base.
+
+    Of a kernel in 4 or 8 bits also its "format".
+    """
     return {
-        key: {
-            "shape": list(variable.shape),
-            "dtype": variable.dtype,
-            "samples": _samples(variable),
-        }
+        key: _entry(variable)
         for key, variable in _base_variables(model, head).items()
+    }
+
+
+def formats_of(saved: dict[str, dict]) -> dict[str, str]:
+    """`{path: format}` of the layers of a base that were in 4 or 8 bits."""
+    return {
+        key.rpartition(".")[0]: entry["format"]
+        for key, entry in saved.items()
+        if "format" in entry
     }
 
 
@@ -99,9 +106,13 @@ def _stable_names(variables):
     return found
 
 
-def _samples(variable):
-    flat = keras.ops.reshape(variable, (-1,))
-    count = flat.shape[0]
-    index = np.unique(np.linspace(0, count - 1, _SAMPLES).astype(int))
-    values = keras.ops.take(flat, index)
-    return [float(v) for v in keras.ops.convert_to_numpy(values)]
+def _entry(variable):
+    entry = {"shape": list(variable.shape), "dtype": variable.dtype}
+    if isinstance(variable, PackedKernel):
+        # Of the kernel as it was: a base is the same one in any format.
+        return {
+            **entry,
+            "samples": variable.samples,
+            "format": variable.form.name,
+        }
+    return {**entry, "samples": samples(variable)}

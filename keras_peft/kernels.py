@@ -34,7 +34,22 @@ class DenseKernel:
 
     def matrix(self):
         """The kernel as a tensor of shape `(inputs, outputs)`."""
-        return ops.reshape(self.variable, (self.inputs, self.outputs))
+        return self.as_matrix(self.variable)
+
+    def as_matrix(self, kernel):
+        """The same of a tensor in the kernel's own shape."""
+        return ops.reshape(kernel, (self.inputs, self.outputs))
+
+    @property
+    def is_packed(self):
+        """Whether the kernel is in 4 or 8 bits of ours."""
+        return hasattr(self.variable, "parts")
+
+    def times(self, rows):
+        """`rows @ matrix`, in the dtype of `rows`."""
+        if self.is_packed:
+            return self.variable.multiply(rows)
+        return ops.matmul(rows, ops.cast(self.matrix(), rows.dtype))
 
     def read(self):
         """The kernel as a float32 NumPy array of that shape."""
@@ -178,8 +193,8 @@ class EinsumKernel(DenseKernel):
             c for c in "rzyxwvuts" if c not in self.into + weight + self.out
         )
 
-    def matrix(self):
-        kernel = ops.transpose(self.variable, self.to_axes)
+    def as_matrix(self, kernel):
+        kernel = ops.transpose(kernel, self.to_axes)
         return ops.reshape(kernel, (self.inputs, self.outputs))
 
     def to_matrix(self, kernel):

@@ -147,6 +147,10 @@ def _stable_name(layer, counts):
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     """What a layer holds itself, without the states of random generators."""
     variables = layer._trainable_variables + layer._non_trainable_variables
+    kernel = vars(layer).get("_kernel")
+    if parts := {id(part) for part in getattr(kernel, "parts", {}).values()}:
+        # One that is computed stands for what it is computed from.
+        variables = [kernel, *(v for v in variables if id(v) not in parts)]
     return [v for v in variables if not is_generator(v)]
 
 
@@ -221,6 +225,8 @@ class AdaptedLayer:
     and what changes the layer's other variables.
     """
 
+    mixin_depth = 1
+
     def call(self, *args, **kwargs):
         if not args and "inputs" in kwargs:
             args = (kwargs.pop("inputs"),)
@@ -266,8 +272,8 @@ class AdaptedLayer:
         outputs, changed = self._add_changes(
             adapters, inputs, args, kwargs, reverse
         )
-        if adapters and keras.backend.backend() == "jax":
-            changed = _computed_once(changed, adapters[-1].strength)
+        if adapters and not in_contained():
+            changed = _computed_once(changed)
         changed = self._after_kernel(changed, reverse)
         mask = get_keras_mask(outputs)
         if mask is not None:
@@ -374,6 +380,12 @@ class AdaptedLayer:
         )
 
 
+def stand_in(variable: keras.Variable) -> Any:
+    """What `variable` stands for now, if not for its own value."""
+    scope = get_stateless_scope()
+    return None if scope is None else scope.get_current_value(variable)
+
+
 class StandIns(keras.StatelessScope):
     """Within, some variables stand for other values.
 
@@ -417,15 +429,28 @@ class Contained(StandIns):
         self.state_mapping[id(variable)] = value
 
 
-def _computed_once(outputs, strength):
-    """`outputs`, divided by a one that only the running program knows.
+def in_contained() -> bool:
+    """Whether what is computed now lies within `Contained`."""
+    scope = get_stateless_scope()
+    while isinstance(scope, StandIns):
+        if isinstance(scope, Contained):
+            return True
+        scope = scope.outer
+    return False
+
+
+def _computed_once(outputs):
+    """`outputs`, as they are and no other way.
 
     XLA computes a plain sum again in the backward pass and keeps all its
-    terms until then; it keeps the result of a division instead, which is half
-    the memory of an adapted layer.
+    terms until then, which is twice the memory of an adapted layer. Where a
+    whole block is computed again, nothing is kept, and this would cost time.
     """
-    one = keras.ops.cast(strength * 0.0 + 1.0, outputs.dtype)
-    return keras.ops.divide(outputs, one)
+    if keras.config.backend() != "jax":
+        return outputs
+    import jax
+
+    return jax.lax.optimization_barrier(outputs)
 
 
 def _alone(done, layer):
@@ -456,7 +481,7 @@ def adapted_layers(model: keras.Layer) -> list[tuple[str, keras.Layer]]:
 
 def attach(layer: keras.Layer, name: str, adapter: Adapter) -> None:
     """Adds `adapter` to `layer` under `name`."""
-    with _unlocked(layer):
+    with unlocked(layer):
         if not is_adapted(layer):
             for mixin in (AdaptedLayer, *mixins_for(layer)):
                 mix_in(layer, mixin)
@@ -476,7 +501,7 @@ def attach(layer: keras.Layer, name: str, adapter: Adapter) -> None:
 
 def detach(layer: keras.Layer, name: str) -> Adapter:
     """Takes an adapter off; without any, the layer is what it was before."""
-    with _unlocked(layer):
+    with unlocked(layer):
         adapter = layer.adapters.pop(name)
         mixins = {other.mixin for other in layer.adapters.values()}
         if adapter.mixin is not None and adapter.mixin not in mixins:
@@ -504,7 +529,7 @@ def set_plain(target, name, value):
 def replace_child(parent: keras.Layer, name: str, layer: keras.Layer) -> None:
     """Puts another layer in the place of one that has no weights."""
     old = getattr(parent, name)
-    with _unlocked(parent):
+    with unlocked(parent):
         setattr(parent, name, layer)
         if any(child is old for child in parent._layers):
             parent._tracker.untrack(old)
@@ -535,8 +560,35 @@ def method_of_class(target: keras.Layer, name: str) -> Callable:
     return functools.partial(getattr(type(target), name), target)
 
 
+def untrack(layer: keras.Layer, variable: keras.Variable) -> None:
+    """Takes a variable off a layer."""
+    layer._untrack_variable(variable)
+
+
+def track(layer: keras.Layer, variable: keras.Variable) -> None:
+    """Adds a variable that does not train."""
+    with unlocked(layer):
+        layer._track_variable(variable)
+
+
+def track_first(layer: keras.Layer, variable: keras.Variable) -> None:
+    """Adds a variable that is made to be trained, in front of the others."""
+    with unlocked(layer):
+        layer._tracker.add_to_store("trainable_variables", variable)
+        layer._trainable_variables.insert(0, layer._trainable_variables.pop())
+        layer._post_track_variable(variable)
+
+
+def forget_parameters(model: keras.Layer) -> None:
+    """Lets torch find parameters anew: every layer has a list of its own."""
+    if keras.config.backend() == "torch":
+        for layer in [model, *(layer for _, layer in walk(model))]:
+            vars(layer)["_modules"].pop("_torch_params", None)
+
+
 @contextlib.contextmanager
-def _unlocked(layer):
+def unlocked(layer: keras.Layer) -> Iterator[None]:
+    """Within, variables and layers can be added to a built layer."""
     tracker = layer._tracker
     locked = tracker.locked
     tracker.unlock()
@@ -557,13 +609,15 @@ _PARTS: dict[type, tuple[tuple[type, ...], type]] = {}
 def mix_in(target: keras.Layer, mixin: type) -> None:
     """Gives `target` a subclass of its own class, with `mixin` in front.
 
-    `AdaptedLayer` stays the last of several: a model that was adapted has its
-    own ways to be saved. The subclass bears the name of the class: the layout
-    of weights files and `model.summary()` follow class names.
+    Of several, those of a greater `mixin_depth` are nearer to the class. The
+    subclass bears the name of the class: the layout of weights files and
+    `model.summary()` follow class names.
     """
     before = type(target)
     mixins, cls = _parts(before)
-    mixins = sorted((mixin, *mixins), key=lambda kind: kind is AdaptedLayer)
+    mixins = sorted(
+        (mixin, *mixins), key=lambda kind: getattr(kind, "mixin_depth", 0)
+    )
     target.__class__ = _subclass(tuple(mixins), cls)
     if before in GLOBAL_CUSTOM_NAMES:
         serialize_as(target, GLOBAL_CUSTOM_NAMES[before])
@@ -713,5 +767,5 @@ def forget_compiled(model: keras.Layer, optimizer: bool = True) -> None:
     used = getattr(model, "optimizer", None)
     if optimizer and used is not None and used.built:
         fresh = type(used).from_config(used.get_config())
-        with _unlocked(model):
+        with unlocked(model):
             model.optimizer = fresh

@@ -11,9 +11,11 @@ import numpy as np
 
 from keras_peft import adapted_model
 from keras_peft import adapter_state
+from keras_peft import base_format
 from keras_peft import layer_tree
 from keras_peft.adapter_state import AdapterState
 from keras_peft.kernels import read
+from keras_peft.packed_kernel import PackedKernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +28,15 @@ class MergeReport:
             the kernel's size over the change's in float32; in bfloat16 it
             can be large where the change is small.
         dtypes: `{path: dtype}` of the merged weights.
+        base_errors: `{path: error}` of a base in 4 or 8 bits, adapted or not:
+            the norm of what rounding lost when the base was quantized, over
+            the norm of the kernel. The adapters were trained over what was
+            left, and that is what they are merged into.
     """
 
     errors: dict[str, float]
     dtypes: dict[str, str]
+    base_errors: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -46,6 +53,7 @@ class _Merged:
     adapters: dict[str, dict[str, keras.Layer]]
     values: dict[str, list[tuple[keras.Variable, np.ndarray]]]
     digests: dict[str, list[str]]
+    packed: dict[str, PackedKernel]
 
 
 _MERGED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -82,6 +90,7 @@ def merge(model: keras.Model) -> MergeReport:
     layers = dict(layer_tree.adapted_layers(model))
     _check_mergeable(state, layers)
     values, errors = {}, {}
+    packed = base_format.unpack(model)
     try:
         for path, layer in layers.items():
             deltas = _deltas(layer)
@@ -89,12 +98,14 @@ def merge(model: keras.Model) -> MergeReport:
             errors[path] = _fold(path, deltas)
     except BaseException:
         _restore(values)
+        base_format.repack(model, packed)
         raise
     dtypes = {path: held[0][0].dtype for path, held in values.items()}
+    base_errors = {path: kernel.error for path, kernel in packed.items()}
     adapters = adapted_model.strip(model)
     digests = {path: _digests(held) for path, held in values.items()}
-    _MERGED[model] = _Merged(state, adapters, values, digests)
-    return MergeReport(errors, dtypes)
+    _MERGED[model] = _Merged(state, adapters, values, digests, packed)
+    return MergeReport(errors, dtypes, base_errors)
 
 
 def _check_mergeable(state, layers):
@@ -121,6 +132,8 @@ def _deltas(layer):
     changes = {}
     for adapter in layer.adapters.values():
         for variable, change in adapter.deltas():
+            if isinstance(variable, PackedKernel):
+                variable = layer._kernel
             _, total = changes.get(id(variable), (variable, 0.0))
             changes[id(variable)] = variable, total + change
     return list(changes.values())
@@ -165,6 +178,7 @@ def unmerge(model: keras.Model) -> keras.Model:
             f"undo that too. Received: changed layers={changed}"
         )
     _restore(merged.values)
+    base_format.repack(model, merged.packed)
     del _MERGED[model]
     adapted_model.reinstall(model, merged.state, merged.adapters)
     return model

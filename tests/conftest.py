@@ -26,6 +26,7 @@ MOVED = {
     "test_kernel_reads.py",
     "test_models.py",
     "test_modules.py",
+    "test_packed_base.py",
     "test_prompts.py",
     "test_raw_weights.py",
     "test_training_chunked_loss.py",

@@ -1,5 +1,6 @@
 """Rows of `benchmarks/train_gpu.py` in Keras."""
 
+import contextlib
 import time
 
 import keras
@@ -11,6 +12,7 @@ from runs.steps import WARM
 from runs.steps import seconds_per_step
 
 import keras_peft
+from keras_peft.packed_kernel import is_packed
 from keras_peft.training.progress import peak_bytes
 
 PROJECTIONS = (
@@ -24,7 +26,7 @@ PROJECTIONS = (
 )
 
 
-def measure(path, rows, length, vocabulary, lora="ours", prepare=None, **shape):
+def measure(path, rows, length, vocabulary, prepare=None, **settings):
     """`{"step": seconds, "first_step": seconds, "peak_gib": ...}`."""
     losses = []
 
@@ -32,7 +34,7 @@ def measure(path, rows, length, vocabulary, lora="ours", prepare=None, **shape):
         losses.append(fit(model, arrays, rows, steps))
 
     with device(path):
-        model = build(vocabulary, lora, prepare, **shape)
+        model = build(vocabulary, prepare, **settings)
         arrays = batches(rows, length, vocabulary)
         start = time.perf_counter()
         train(1)
@@ -52,26 +54,22 @@ def measure(path, rows, length, vocabulary, lora="ours", prepare=None, **shape):
 
 
 def build(
-    vocabulary, lora, prepare, layers, heads, key_heads, hidden, inner, rank
+    vocabulary, prepare, rank, lora="ours", method=None, base=None, **shape
 ):
+    """A compiled model; `method` is a name and settings, if not plain LoRA."""
     keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.Llama3Backbone(
-        vocabulary_size=vocabulary,
-        num_layers=layers,
-        num_query_heads=heads,
-        num_key_value_heads=key_heads,
-        hidden_dim=hidden,
-        intermediate_dim=inner,
-        rope_max_wavelength=500000.0,
-        layer_norm_epsilon=1e-5,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
+    with keras_peft.quantized_base(base) if base else contextlib.nullcontext():
+        backbone = llama(vocabulary, **shape)
+    if base:
+        fill(backbone)
     if lora == "keras":
         backbone.enable_lora(rank, target_layer_names=list(PROJECTIONS))
     model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
     if lora == "ours":
-        keras_peft.adapt(model, keras_peft.LoRA(rank=rank), PROJECTIONS)
+        name, settings = method or ("LoRA", dict(rank=rank))
+        adapter = getattr(keras_peft, name)(**settings)
+        targets = PROJECTIONS if name == "LoRA" else None
+        keras_peft.adapt(model, adapter, targets)
     if prepare is not None:
         keras_peft.training.prepare(model, **prepare)
     model.compile(
@@ -80,6 +78,29 @@ def build(
         weighted_metrics=[],
     )
     return model
+
+
+def llama(vocabulary, layers, heads, key_heads, hidden, inner, tied=True):
+    return keras_hub.models.Llama3Backbone(
+        vocabulary_size=vocabulary,
+        num_layers=layers,
+        num_query_heads=heads,
+        num_key_value_heads=key_heads,
+        hidden_dim=hidden,
+        intermediate_dim=inner,
+        rope_max_wavelength=500000.0,
+        layer_norm_epsilon=1e-5,
+        tie_word_embeddings=tied,
+        dtype="bfloat16",
+    )
+
+
+def fill(backbone):
+    """Reads random kernels into a base in 4 or 8 bits, as from a file."""
+    for layer in backbone._flatten_layers():
+        if is_packed(layer):
+            shape, draw = layer.kernel.shape, keras.random.normal
+            layer.kernel.assign(draw(shape, stddev=0.02, dtype="bfloat16"))
 
 
 def batches(rows, length, vocabulary):

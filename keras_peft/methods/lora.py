@@ -12,9 +12,9 @@ from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.adapter import KernelAdapter
 from keras_peft.methods.lora_start import INITS
-from keras_peft.methods.lora_start import RESIDUAL_INITS
 from keras_peft.methods.lora_start import leading_directions
 from keras_peft.methods.lora_start import start_values
+from keras_peft.methods.lora_start import starts_in_kernel
 from keras_peft.methods.method import Method
 from keras_peft.methods.raw_weights import RawLoRAAdapter
 from keras_peft.methods.raw_weights import raw_objection
@@ -81,11 +81,13 @@ class LoRA(Ranked, Method):
             `inputs**2` numbers while it runs. Linear layers and convolutions
             only. `"pissa"`: the leading singular vectors of the kernel.
             `"olora"`: the leading columns of its QR decomposition. `"loftq"`:
-            the best low rank for what NormalFloat4 rounds off the kernel, so
-            that over a base in 4 bits `A @ B` starts by making up for its
-            rounding. The last three subtract their start values' product
+            the best low rank for what NormalFloat4 rounds off the kernel, in
+            five steps. The last three subtract their start values' product
             inside the adapter (`A @ B - A0 @ B0`) instead of changing the
-            kernel, so that every adapted model starts as its base.
+            kernel, so that every adapted model starts as its base. With
+            `adapt(..., base="nf4")`, `"loftq"` subtracts nothing: `A @ B`
+            starts as the best low rank for what the base lost, in one step,
+            so that other adapters find the same base.
         decompose: Boolean. Learn the norm of each output column separately
             (DoRA).
         rank_pattern: Dict from layer names or path expressions to ranks that
@@ -186,7 +188,7 @@ class LoRA(Ranked, Method):
         kernel, rank = kernel_of(layer), self.rank_of(path)
         a, b = (kernel.inputs, rank), (rank, kernel.outputs)
         shapes = {"lora_kernel_a": a, "lora_kernel_b": b}
-        if self.init in RESIDUAL_INITS:
+        if starts_in_kernel(self.init, kernel):
             shapes |= {"lora_initial_a": a, "lora_initial_b": b}
         if self.decompose:
             shapes["lora_magnitude"] = (kernel.outputs,)
@@ -213,7 +215,7 @@ class LoRAAdapter(KernelAdapter):
         self.rank = method.rank_of(path)
         self.scale = method.scale_of(path)
         self.init = method.init
-        self.residual = method.init in RESIDUAL_INITS
+        self.residual = starts_in_kernel(method.init, kernel_of(layer))
         self.decompose = method.decompose
         self.use_bias = method.use_bias
         super().__init__(layer, method.shapes(path, layer), name)
@@ -267,19 +269,21 @@ class LoRAAdapter(KernelAdapter):
         if not self.decompose:
             change = self._low_rank(inputs, dtype, strength, reverse)
             return self._with_bias(change, strength)
-        gain = ops.cast(self._gain(), dtype)
+        gain = self._gain()
         if reverse:
             # The logits of a tied embedding, `inputs @ kernel.T`: there the
             # columns that DoRA scales are the inputs.
+            gain = ops.cast(gain, dtype)
             inputs = ops.cast(inputs, dtype)
             table = ops.cast(self.kernel.variable, dtype)
             kept = ops.matmul(inputs * (gain - 1.0), ops.transpose(table))
             change = self._low_rank(inputs * gain, dtype, 1.0, reverse)
-        else:
-            scale = self.kernel.scale_outputs
-            kept = scale(self.kernel.without_bias(outputs), gain - 1.0)
-            change = scale(self._low_rank(inputs, dtype, 1.0), gain)
-        return (kept + change) * strength
+            return (kept + change) * strength
+        # The columns of `B` are scaled, and not those of the product.
+        change = self._low_rank(inputs, dtype, strength, gain=gain)
+        more = ops.cast((gain - 1.0) * self.strength, dtype)
+        base = self.kernel.without_bias(outputs)
+        return self.kernel.scale_outputs(base, more) + change
 
     def _with_bias(self, change, strength):
         if not self.use_bias:
@@ -288,7 +292,7 @@ class LoRAAdapter(KernelAdapter):
         bias = bias * ops.cast(strength * self.scale, change.dtype)
         return self.kernel.map_outputs(change, lambda rows: rows + bias)
 
-    def _low_rank(self, inputs, dtype, strength, reverse=False):
+    def _low_rank(self, inputs, dtype, strength, reverse=False, gain=None):
         kernel = self.kernel
         product = kernel.low_rank_reverse if reverse else kernel.low_rank
         if reverse or not isinstance(kernel, EmbeddingKernel):
@@ -296,6 +300,7 @@ class LoRAAdapter(KernelAdapter):
         scale = ops.cast(strength * self.scale, dtype)
 
         def of(a, b):
+            b = b if gain is None else b * gain
             return product(
                 inputs, ops.cast(a, dtype), ops.cast(b, dtype), scale
             )
@@ -319,8 +324,9 @@ class LoRAAdapter(KernelAdapter):
             a = ops.concatenate([a, initial_a], axis=1)
             b = ops.concatenate([b, -initial_b], axis=0)
         b = b * self.scale
-        base = ops.cast(self.kernel.matrix(), "float32")
-        cross = ops.matmul(ops.transpose(a), base)  # (rank, outputs)
+        # As the forward pass does it: the kernel is not cast as a whole.
+        rows = ops.cast(ops.transpose(a), self.kernel.layer.compute_dtype)
+        cross = ops.cast(self.kernel.times(rows), "float32")  # (rank, outputs)
         square = ops.matmul(ops.matmul(ops.transpose(a), a), b)
         change = ops.sum((2.0 * cross + square) * b, axis=0)
         norm = ops.sqrt(self.square_norm + change)

@@ -5,13 +5,22 @@ import math
 import numpy as np
 
 from keras_peft.kernels import EmbeddingKernel
-from keras_peft.quantized import nf4_round
+from keras_peft.kernels import read
+from keras_peft.quantized import FORMATS
 
 # These start from a part of the kernel itself.
 RESIDUAL_INITS = ("pissa", "olora", "loftq")
 INITS = ("default", "gaussian", "orthogonal", "eva", *RESIDUAL_INITS)
 # Of LoftQ, as in its paper.
 _LOFTQ_STEPS = 5
+
+
+def starts_in_kernel(init, kernel):
+    """Whether the start values' product is subtracted again by the adapter.
+
+    Not LoftQ's over a kernel in 4 or 8 bits: there it is what rounding lost.
+    """
+    return init in RESIDUAL_INITS and not (init == "loftq" and kernel.is_packed)
 
 
 def start_values(init, kernel, rank, scale, rng):
@@ -23,10 +32,12 @@ def start_values(init, kernel, rank, scale, rng):
     a, b = np.zeros((inputs, rank)), np.zeros((rank, outputs))
     if init == "pissa":
         a, b = _leading_part(kernel.read(), rank, scale)
+    elif init == "loftq" and kernel.is_packed:
+        a, b = _leading_part(_rounded_off(kernel), rank, scale)
     elif init == "loftq":
         matrix = kernel.read()
         for _ in range(_LOFTQ_STEPS):
-            rounded = nf4_round(matrix - scale * (a @ b))
+            rounded = FORMATS["nf4"].round(matrix - scale * (a @ b))
             a, b = _leading_part(matrix - rounded, rank, scale)
     elif init == "olora":
         # Of the transposed kernel, so that the orthonormal factor is B.
@@ -44,6 +55,19 @@ def start_values(init, kernel, rank, scale, rng):
         bound = 1 / math.sqrt(inputs)
         a = rng.uniform(-bound, bound, size=a.shape)
     return a.astype("float32"), b.astype("float32")
+
+
+def _rounded_off(kernel):
+    """What a packed kernel has lost."""
+    original = kernel.variable.original
+    if original is None:
+        raise ValueError(
+            "`init='loftq'` makes up for what rounding the base lost, which "
+            "is known only while it is rounded. Load the model as it is, and "
+            "let `keras_peft.adapt(..., base='nf4')` round it. Received: "
+            f"kernel {kernel.variable.path!r} in {kernel.variable.form.name}"
+        )
+    return kernel.to_matrix(read(original)) - kernel.read()
 
 
 def _leading_part(matrix, rank, scale):

@@ -1,0 +1,142 @@
+"""A frozen base in 4 or 8 bits."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from collections.abc import Mapping
+
+import keras
+
+from keras_peft import layer_tree
+from keras_peft import packed_kernel
+from keras_peft.packed_kernel import formats
+from keras_peft.patterns import lies_in
+from keras_peft.quantized import FORMATS
+from keras_peft.quantized import check_format
+from keras_peft.replacing import replaced
+
+
+@contextlib.contextmanager
+def quantized_base(base: str) -> Iterator[None]:
+    """Within, models come with their kernels in 4 or 8 bits.
+
+    A preset is read into them tensor by tensor, so that the model never exists
+    in 16 bits. `keras_peft.adapt` adds adapters to it afterwards, with no need
+    of `base`, and `keras_peft.merge` gives it kernels in its dtype again.
+
+    What is quantized are `Dense` and `EinsumDense` layers of 64 inputs and
+    outputs or more: make a head that is to train outside of the block.
+
+    Args:
+        base: `"nf4"`, `"int4"` or `"int8"`, as in `keras_peft.adapt`.
+
+    Raises:
+        ValueError: if `base` is none of these.
+
+    Example:
+    >>> with keras_peft.quantized_base("nf4"):
+    ...     model = keras_hub.models.CausalLM.from_preset("llama3_8b_en")
+    >>> keras_peft.adapt(model, keras_peft.LoRA(rank=16))
+    """
+    check_format(base)
+    kinds = keras.layers.Dense, keras.layers.EinsumDense
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            build = _build(kind.build, FORMATS[base])
+            stack.enter_context(replaced(kind, build=build))
+        yield
+
+
+def _build(build, form):
+    # Keras reads the names of the arguments.
+    @functools.wraps(build)
+    def build_packed(layer, *args, **kwargs):
+        # The random numbers would be drawn for nothing.
+        initializer = layer.kernel_initializer
+        layer.kernel_initializer = keras.initializers.Zeros()
+        build(layer, *args, **kwargs)
+        layer.kernel_initializer = initializer
+        if packed_kernel.can_pack(layer):
+            packed_kernel.pack(layer, form, empty=True)
+
+    return build_packed
+
+
+def formats_to_take(
+    model: keras.Model, base: str | None, head: list[str]
+) -> dict[str, str]:
+    """`{path: base}` of the layers that are still to be packed.
+
+    Raises a `ValueError` if they cannot, or a layer of the head is packed.
+    """
+    check_format(base)
+    found = formats(model)
+    if packed := [path for path in found if lies_in(path, head)]:
+        raise ValueError(
+            f"The head trains, which a kernel in {found[packed[0]]} cannot. "
+            "Make the head outside of `keras_peft.quantized_base`, around a "
+            f"backbone that was loaded inside. Received: head={packed}"
+        )
+    if base is None:
+        return {}
+    if others := {form for form in found.values() if form != base}:
+        raise ValueError(
+            f"The base is in {', '.join(others)} already. Leave `base` out. "
+            f"Received: base={base!r}"
+        )
+    paths = [
+        path
+        for path, layer in layer_tree.walk(model)
+        if not lies_in(path, head)
+        and path not in found
+        and packed_kernel.can_pack(layer)
+    ]
+    if not paths and not found:
+        raise ValueError(
+            "The base has no kernel to quantize: a `Dense` or `EinsumDense` "
+            "layer with 64 inputs and outputs or more, outside the head. "
+            f"Leave `base` out. Received: base={base!r}, head={head}"
+        )
+    return dict.fromkeys(paths, base)
+
+
+@contextlib.contextmanager
+def packed(model: keras.Model, chosen: Mapping[str, str]) -> Iterator[None]:
+    """Quantizes the layers of `{path: format}`, for good unless it fails.
+
+    Within, the packed kernels know their `original`.
+    """
+    layers = dict(layer_tree.walk(model))
+    layer_tree.forget_parameters(model)
+    done = []
+    try:
+        for path, base in chosen.items():
+            packed_kernel.pack(layers[path], FORMATS[base])
+            done.append(layers[path])
+        yield
+    except BaseException:
+        for layer in done:
+            packed_kernel.unpack(layer, layer._kernel.original)
+        raise
+    for layer in done:
+        layer._kernel.original = None
+
+
+def unpack(model: keras.Model) -> dict[str, packed_kernel.PackedKernel]:
+    """Gives every layer a plain kernel; `{path: packed}` is for `repack`."""
+    layer_tree.forget_parameters(model)
+    return {
+        path: packed_kernel.unpack(layer)
+        for path, layer in list(layer_tree.walk(model))
+        if packed_kernel.is_packed(layer)
+    }
+
+
+def repack(
+    model: keras.Model, packed: Mapping[str, packed_kernel.PackedKernel]
+) -> None:
+    """Undoes `unpack`."""
+    layers = dict(layer_tree.walk(model))
+    layer_tree.forget_parameters(model)
+    for path, kernel in packed.items():
+        packed_kernel.repack(layers[path], kernel)

@@ -1,0 +1,265 @@
+"""Layers whose kernel is kept in 4 or 8 bits.
+
+The kernel's variable gives way to its parts. In its place stands a variable
+without a value of its own, so that whatever reads the kernel, or assigns to
+it, goes on as before.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_peft import layer_tree
+from keras_peft.kernels import DenseKernel
+from keras_peft.kernels import EinsumKernel
+from keras_peft.kernels import has_kernel
+from keras_peft.kernels import kernel_of
+from keras_peft.quantized import BLOCK
+from keras_peft.quantized import BlockFormat
+
+# Evenly spaced numbers of the kernel as it was, which tell bases apart.
+SAMPLES = 4
+_ORIGIN = "origin"
+
+
+class PackedKernel(keras.Variable):
+    """A kernel that is computed from its parts wherever it is read.
+
+    `parts` are variables of the layer: those of the format, and `origin`, with
+    what is known of the kernel as it was: a few samples of it, and how much
+    rounding lost of it, in shares of its norm. `original` is that kernel, as
+    long as it is still there.
+    """
+
+    def __init__(self, variable, view, form):
+        self.plain_state = vars(variable).copy()
+        self.plain_state.pop("_value")
+        vars(self).update(self.plain_state, _trainable=False)
+        self.view = view
+        self.form = form
+        self.parts = {}
+        self.original = variable
+
+    @property
+    def _value(self):
+        values = {name: ops.convert_to_tensor(p) for name, p in self._read()}
+        matrix = self.form.dequantize(values, self._dtype)
+        return self.view.as_kernel(matrix)
+
+    def _read(self):
+        return [(n, p) for n, p in self.parts.items() if n != _ORIGIN]
+
+    def _direct_assign(self, value):
+        matrix = ops.cast(self.view.as_matrix(value), "float32")
+        found = self.form.quantize(matrix)
+        for name, part in found.items():
+            self.parts[name].assign(part)
+        kept = self.form.dequantize(found, "float32")
+        lost = ops.norm(kept - matrix) / (ops.norm(matrix) + 1e-30)
+        sampled = samples(value)
+        lost = float(ops.convert_to_numpy(lost))
+        self.parts[_ORIGIN].assign([*sampled, lost])
+
+    @property
+    def samples(self) -> list[float]:
+        """What `samples` gave for the kernel as it was."""
+        origin = ops.convert_to_numpy(self.parts[_ORIGIN])
+        return [float(v) for v in origin[: min(SAMPLES, np.prod(self.shape))]]
+
+    @property
+    def error(self) -> float:
+        """What rounding lost, over the norm of the kernel."""
+        return float(ops.convert_to_numpy(self.parts[_ORIGIN])[-1])
+
+    def as_variable(self) -> keras.Variable:
+        """A plain variable of the same value."""
+        variable = keras.Variable(self._value, dtype=self._dtype)
+        vars(variable).update(self.plain_state)
+        variable.trainable = variable.trainable
+        return variable
+
+    def multiply(self, rows: Any) -> Any:
+        """`rows @ matrix`; what is kept for the gradient are the parts."""
+        names = [name for name, _ in self._read()]
+        parts = [ops.convert_to_tensor(part) for _, part in self._read()]
+
+        @ops.custom_gradient
+        def product(rows: Any, *parts: Any) -> Any:
+            dtype = keras.backend.standardize_dtype(rows.dtype)
+
+            def matrix(parts):
+                found = dict(zip(names, parts, strict=True))
+                return self.form.dequantize(found, dtype)
+
+            def backward(*args, upstream=None):
+                upstream = args[0] if upstream is None else upstream
+                later = _after(upstream, parts)
+                gradient = ops.matmul(upstream, ops.transpose(matrix(later)))
+                return gradient, *(None for _ in parts)
+
+            return ops.matmul(rows, matrix(_after(rows, parts))), backward
+
+        *tokens, size = ops.shape(rows)
+        outputs = product(ops.reshape(rows, (-1, size)), *parts)
+        return ops.reshape(outputs, (*tokens, self.view.outputs))
+
+
+def samples(tensor) -> list[float]:
+    """Evenly spaced numbers of a tensor: of another one most are others."""
+    flat = ops.reshape(tensor, (-1,))
+    count = flat.shape[0]
+    index = np.unique(np.linspace(0, count - 1, SAMPLES).astype(int))
+    values = ops.convert_to_numpy(ops.take(flat, index))
+    return [float(v) for v in values]
+
+
+def _after(tensor, parts):
+    """`parts`, not to be had before `tensor` is.
+
+    Else a compiler computes kernels long before they are needed, or finds that
+    the backward pass computes what the forward pass has computed, and keeps
+    that in memory.
+    """
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        return jax.lax.optimization_barrier((tensor, parts))[1]
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.control_dependencies([tensor]):
+            return [tf.identity(part) for part in parts]
+    return parts
+
+
+class PackedLayer:
+    """Mixed into the class of a layer with such a kernel."""
+
+    # Adapters stand around it.
+    mixin_depth = 2
+
+    def call(self, inputs, *args, **kwargs):
+        packed = self._kernel
+        if layer_tree.stand_in(packed) is not None:
+            return super().call(inputs, *args, **kwargs)
+        view = packed.view
+        outputs = packed.multiply(view.rows(inputs))
+        outputs = view.from_rows(outputs)
+        if self.bias is not None:
+            outputs = ops.add(outputs, self.bias)
+        if self.activation is not None:
+            outputs = self.activation(outputs)
+        return outputs
+
+    def save_own_variables(self, store):
+        for name, part in self._kernel.parts.items():
+            store[f"kernel_{name}"] = part
+        if self.bias is not None:
+            store["bias"] = self.bias
+
+    def load_own_variables(self, store):
+        """From a file of such a layer, or of one with a plain kernel."""
+        if f"kernel_{_ORIGIN}" not in store.keys():
+            self._kernel.assign(store["0"])
+            if self.bias is not None:
+                self.bias.assign(store["1"])
+            return
+        for name, part in self._kernel.parts.items():
+            part.assign(store[f"kernel_{name}"])
+        if self.bias is not None:
+            self.bias.assign(store["bias"])
+
+    def get_config(self):
+        raise ValueError(
+            f"Layer {self.name!r} has its kernel in {self._kernel.form.name}, "
+            "which no plain Keras model can say. Save the adapted model, its "
+            "adapter, or call `keras_peft.merge(model)` first. "
+            f"Received: layer={self.name!r}"
+        )
+
+
+def is_packed(layer: keras.Layer) -> bool:
+    """Whether a layer's kernel is in 4 or 8 bits of ours."""
+    return isinstance(layer, PackedLayer)
+
+
+def can_pack(layer: keras.Layer) -> bool:
+    """Whether a layer multiplies by a kernel that is worth it.
+
+    Routers and other thin ones weigh little and are sensitive.
+    """
+    if not has_kernel(layer) or layer.quantization_mode is not None:
+        return False
+    cls: Any = layer_tree.base_class(layer)
+    kinds = keras.layers.Dense, keras.layers.EinsumDense
+    if cls.call not in [kind.call for kind in kinds]:
+        return False
+    view = kernel_of(layer)
+    kinds = DenseKernel, EinsumKernel
+    return type(view) in kinds and min(view.inputs, view.outputs) >= BLOCK
+
+
+def formats(model: keras.Layer) -> dict[str, str]:
+    """`{path: format}` of the layers in 4 or 8 bits."""
+    return {
+        path: layer._kernel.form.name
+        for path, layer in layer_tree.walk(model)
+        if is_packed(layer)
+    }
+
+
+def pack(layer: keras.Layer, form: BlockFormat, empty: bool = False) -> None:
+    """Turns a layer's kernel into parts; `empty` ones are to be assigned."""
+    variable = layer._kernel
+    packed = PackedKernel(variable, kernel_of(layer), form)
+    shapes = form.shapes(packed.view.inputs, packed.view.outputs)
+    shapes[_ORIGIN] = (SAMPLES + 1,), "float32", 0
+    with layer_tree.unlocked(layer):
+        for name, (shape, dtype, value) in shapes.items():
+            packed.parts[name] = layer.add_weight(
+                name=f"kernel_{name}",
+                shape=shape,
+                dtype=dtype,
+                initializer=keras.initializers.Constant(value),
+                trainable=False,
+                autocast=False,
+            )
+    if empty:
+        packed.original = None
+    else:
+        packed.assign(variable)
+    _become_packed(layer, packed)
+
+
+def _become_packed(layer, packed):
+    layer_tree.untrack(layer, layer._kernel)
+    layer_tree.set_plain(layer, "_kernel", packed)
+    layer_tree.mix_in(layer, PackedLayer)
+
+
+def unpack(
+    layer: keras.Layer, variable: keras.Variable | None = None
+) -> PackedKernel:
+    """Gives a layer a plain kernel again: `variable`, or what it computes with.
+
+    Returns the packed one, for `repack`.
+    """
+    packed = layer._kernel
+    if variable is None:
+        variable = packed.as_variable()
+    for part in packed.parts.values():
+        layer_tree.untrack(layer, part)
+    layer_tree.mix_out(layer, PackedLayer)
+    layer_tree.set_plain(layer, "_kernel", variable)
+    layer_tree.track_first(layer, variable)
+    return packed
+
+
+def repack(layer: keras.Layer, packed: PackedKernel) -> None:
+    """Undoes `unpack`."""
+    for part in packed.parts.values():
+        layer_tree.track(layer, part)
+    _become_packed(layer, packed)
