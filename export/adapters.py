@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_peft import base_format
 from keras_peft import layer_tree
 
 
@@ -38,6 +39,15 @@ def adapter_problems(model: keras.Model) -> list[str]:
             "Adapters that take no part would stay in the graph. Drop each "
             "with `keras_peft.remove(model, name)`, or choose it with "
             f"`keras_peft.set_adapter`. Received: inactive adapters {idle}"
+        ]
+    if packed := base_format.formats(model):
+        form = next(iter(packed.values()))
+        return [
+            f"The base is in {form}, as it was trained over, and a file for "
+            "a device is quantized from kernels in floating point. Load the "
+            "adapter into the model as it was before, with "
+            "`keras_peft.load_adapter(model, folder, base=None)`. Received: "
+            f"{len(packed)} layers in {form}"
         ]
     return []
 

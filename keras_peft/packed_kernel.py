@@ -89,11 +89,11 @@ class PackedKernel(keras.Variable):
         def product(rows: Any, *parts: Any) -> Any:
             dtype = keras.backend.standardize_dtype(rows.dtype)
 
-            def matrix(parts):
+            def matrix(parts: Any) -> Any:
                 found = dict(zip(names, parts, strict=True))
                 return self.form.dequantize(found, dtype)
 
-            def backward(*args, upstream=None):
+            def backward(*args: Any, upstream: Any = None) -> Any:
                 upstream = args[0] if upstream is None else upstream
                 later = _after(upstream, parts)
                 gradient = ops.matmul(upstream, ops.transpose(matrix(later)))
@@ -106,7 +106,7 @@ class PackedKernel(keras.Variable):
         return ops.reshape(outputs, (*tokens, self.view.outputs))
 
 
-def samples(tensor) -> list[float]:
+def samples(tensor: Any) -> list[float]:
     """Evenly spaced numbers of a tensor: of another one most are others."""
     flat = ops.reshape(tensor, (-1,))
     count = flat.shape[0]
@@ -115,7 +115,7 @@ def samples(tensor) -> list[float]:
     return [float(v) for v in values]
 
 
-def _after(tensor, parts):
+def _after(tensor: Any, parts: Any) -> Any:
     """`parts`, not to be had before `tensor` is.
 
     Else a compiler computes kernels long before they are needed, or finds that

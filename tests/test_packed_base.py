@@ -285,6 +285,14 @@ def test_no_kernel_and_no_gradient_of_one_is_kept():
 
 
 class TestErrors:
+    def test_export_of_what_cannot_be_merged(self, tmp_path):
+        model = tiny()
+        keras_peft.adapt(model, METHODS["LoRA"], base="nf4")
+        keras_peft.remove(model)
+        with pytest.raises(ValueError, match="The base is in nf4"):
+            keras_peft.export.to_onnx(model, tmp_path / "exported")
+        assert not (tmp_path / "exported").exists()
+
     def test_unknown_format(self):
         with pytest.raises(ValueError, match="`base` must be one of 'nf4'"):
             keras_peft.adapt(tiny(), METHODS["LoRA"], base="fp4")
