@@ -243,7 +243,7 @@ def test_a_model_loads_into_four_bits(tmp_path):
     assert not base_format.formats(tiny())
 
 
-def test_removing_leaves_the_rounded_base():
+def test_removing_leaves_the_rounded_base(tmp_path):
     model = tiny()
     keras_peft.adapt(model, METHODS["LoRA"], base="nf4")
     fresh = outputs_of(model)
@@ -253,7 +253,7 @@ def test_removing_leaves_the_rounded_base():
     keras_peft.adapt(model, METHODS["DoRA"])
     assert np.allclose(outputs_of(model), fresh, atol=1e-5)
     with pytest.raises(ValueError, match="in nf4"):
-        keras_peft.remove(model).save("never.keras")
+        keras_peft.remove(model).save(tmp_path / "never.keras")
 
 
 def test_no_kernel_and_no_gradient_of_one_is_kept():

@@ -36,11 +36,11 @@ def measure(path, rows, length, vocabulary, prepare=None, **settings):
     with device(path):
         model = build(vocabulary, prepare, **settings)
         arrays = batches(rows, length, vocabulary)
+        reset_peak()
         start = time.perf_counter()
         train(1)
         first = time.perf_counter() - start
         train(WARM)
-    reset_peak()
     times = seconds_per_step(path, train)
     peak = peak_bytes() or 0
     return dict(

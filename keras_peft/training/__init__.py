@@ -6,6 +6,7 @@
 >>> causal_lm.fit(inputs, targets, callbacks=[keras_peft.training.Progress()])
 """
 
+from keras_peft.training.capture import capture_steps
 from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import chunk_loss
 from keras_peft.training.prepare import prepare
@@ -17,6 +18,7 @@ from keras_peft.training.smoothed import SmoothedCrossentropy
 __all__ = [
     "Progress",
     "SmoothedCrossentropy",
+    "capture_steps",
     "causal_attention",
     "chunk_loss",
     "prepare",

@@ -5,6 +5,8 @@ import keras
 from keras_peft import layer_tree
 from keras_peft.blocks import find_blocks
 from keras_peft.training.attention_forms import is_on_gpu
+from keras_peft.training.capture import capture_steps
+from keras_peft.training.capture import check_capture
 from keras_peft.training.causal_attention import attentions_of
 from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import checked_split
@@ -19,6 +21,7 @@ def prepare(
     remat: str | None = None,
     attention: str | None = "auto",
     chunk_size: int = 1024,
+    capture: bool = False,
 ) -> keras.Model:
     """Puts onto `model` what makes training faster and smaller, in place.
 
@@ -39,6 +42,9 @@ def prepare(
             `"auto"`: `"causal"` on JAX with a GPU, if the model has
             transformer blocks, else `None`.
         chunk_size: Positive integer. Tokens whose logits exist at once.
+        capture: Boolean. On torch with a GPU, steps are recorded as CUDA
+            graphs (`keras_peft.training.capture_steps`): half of the time,
+            for models without dropout.
 
     Returns:
         `model`.
@@ -74,6 +80,8 @@ def prepare(
         blocks_of(model, remat)
     if attention is not None:
         attentions_of(model)
+    if capture:
+        check_capture(model)
     restore(model)
     if attention is not None:
         causal_attention(model)
@@ -81,6 +89,8 @@ def prepare(
         rematerialize(model, remat)
     if loss is not None:
         chunk_loss(model, chunk_size)
+    if capture:
+        capture_steps(model)
     return model
 
 
