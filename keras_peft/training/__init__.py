@@ -8,6 +8,7 @@
 
 from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import chunk_loss
+from keras_peft.training.length_buckets import LengthBuckets
 from keras_peft.training.prepare import prepare
 from keras_peft.training.prepare import restore
 from keras_peft.training.progress import Progress
@@ -15,6 +16,7 @@ from keras_peft.training.rematerialize import rematerialize
 from keras_peft.training.smoothed import SmoothedCrossentropy
 
 __all__ = [
+    "LengthBuckets",
     "Progress",
     "SmoothedCrossentropy",
     "causal_attention",
