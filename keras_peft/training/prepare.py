@@ -11,6 +11,8 @@ from keras_peft.training.chunked_loss import checked_split
 from keras_peft.training.chunked_loss import chunk_loss
 from keras_peft.training.rematerialize import blocks_of
 from keras_peft.training.rematerialize import rematerialize
+from keras_peft.training.segments import replace_methods
+from keras_peft.training.segments import separable_parts
 
 
 def prepare(
@@ -19,6 +21,7 @@ def prepare(
     remat: str | None = None,
     attention: str | None = "auto",
     chunk_size: int = 1024,
+    packing: bool = False,
 ) -> keras.Model:
     """Puts onto `model` what makes training faster and smaller, in place.
 
@@ -39,6 +42,9 @@ def prepare(
             `"auto"`: `"causal"` on JAX with a GPU, if the model has
             transformer blocks, else `None`.
         chunk_size: Positive integer. Tokens whose logits exist at once.
+        packing: Boolean. Whether the sequences of a row are kept apart, for
+            the rows of `keras_peft.training.pack`
+            (`keras_peft.training.separate_segments`).
 
     Returns:
         `model`.
@@ -74,7 +80,10 @@ def prepare(
         blocks_of(model, remat)
     if attention is not None:
         attentions_of(model)
+    parts = separable_parts(model) if packing else None
     restore(model)
+    if parts is not None:
+        replace_methods(parts)
     if attention is not None:
         causal_attention(model)
     if remat is not None:
