@@ -1,5 +1,7 @@
 """Laws of batches of similar length: all tokens, and few shapes."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -92,7 +94,26 @@ def test_little_of_the_batches_is_padding():
     share = 1 - tokens / sum(y.size for _, y, _ in epoch)
     whole = 1 - tokens / (2000 * max(map(len, given)))
     # Rounding to 8 adds 3.5 tokens on average, to sequences of 20.
-    assert share < 0.25 and whole > 0.75
+    assert share < 0.2 and whole > 0.75
+
+
+def test_no_other_boundaries_need_less_padding():
+    lengths = [3, 9, 9, 17, 30, 31, 90]
+    given = [[1] * length for length in lengths]
+
+    def tokens(boundaries):
+        return sum(min(b for b in boundaries if b >= n) for n in lengths)
+
+    batches = training.LengthBuckets(given, batch_size=1)
+    assert batches.boundaries == [8, 16, 24, 32, 96]
+    given += [[1] * length for length in range(40, 80)]
+    lengths += range(40, 80)
+    found = training.LengthBuckets(given, batch_size=1).boundaries
+    multiples = range(8, 96, 8)
+    least = min(
+        tokens([*chosen, 96]) for chosen in itertools.combinations(multiples, 7)
+    )
+    assert len(found) == 8 and tokens(found) == least
 
 
 def test_weights_are_those_of_the_next_token():

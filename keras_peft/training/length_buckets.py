@@ -33,8 +33,8 @@ class LengthBuckets(keras.utils.PyDataset):
         weights: Optional lists of numbers, as long as `sequences` are. How
             much it counts to predict each token. All are 1 by default.
         boundaries: Optional positive integers, ascending. The lengths of
-            batches. By default the eighths of the sequences' lengths, rounded
-            up to multiples of 8.
+            batches. By default those eight multiples of 8 that need the
+            least padding.
         shuffle: Boolean. Whether every epoch has other batches, in another
             order. Otherwise they go from short to long. `fit` shuffles the
             order of batches once more unless it is given `shuffle=False`.
@@ -136,9 +136,7 @@ def _unlike_first(batches):
 
 def _checked_boundaries(boundaries, lengths):
     if boundaries is None:
-        eighths = np.arange(1, 9) / 8
-        found = np.quantile(lengths, eighths, method="higher")
-        return np.unique(-(-found // 8) * 8).tolist()
+        return _least_padding(lengths)
     boundaries = list(boundaries)
     whole = all(isinstance(b, int) and b > 0 for b in boundaries)
     ascending = boundaries == sorted(set(boundaries))
@@ -153,3 +151,28 @@ def _checked_boundaries(boundaries, lengths):
             f"{max(lengths)} tokens"
         )
     return boundaries
+
+
+def _least_padding(lengths, most=8, step=8):
+    """At most `most` multiples of `step`, with the fewest tokens padded to.
+
+    Found one boundary after the other, from the least tokens that sequences
+    up to each length need in all the buckets before.
+    """
+    rounded = -(-np.asarray(lengths) // step) * step
+    sizes, counts = np.unique(rounded, return_counts=True)
+    before = np.cumsum([0, *counts])
+    # Of a bucket that begins after the first axis and ends with the second.
+    tokens = sizes * (before[1:] - before[:-1, None])
+    tokens = np.where(np.tri(len(sizes), dtype=bool).T, tokens, np.inf)
+    least = np.array([0.0, *[np.inf] * len(sizes)])
+    begins = []
+    for _ in range(min(most, len(sizes))):
+        total = least[:-1, None] + tokens
+        begins.append(total.argmin(axis=0))
+        least = np.array([np.inf, *total.min(axis=0)])
+    end, found = len(sizes), []
+    for begin in reversed(begins):
+        found.insert(0, int(sizes[end - 1]))
+        end = begin[end - 1]
+    return found
