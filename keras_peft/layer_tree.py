@@ -167,22 +167,45 @@ def is_training(layer: keras.Layer) -> bool:
 def this_call() -> Callable[[], contextlib.AbstractContextManager]:
     """Takes down how layers are called now: for training, and in what dtype.
 
-    Within what the returned function gives, they are called so again.
+    So are the segments of the batch. Within what the returned function gives,
+    layers are called so again.
     """
     call = get_global_attribute(_CALL)
+    numbers = segments()
     scope = get_autocast_scope()
 
     @contextlib.contextmanager
     def again():
-        before = get_global_attribute(_CALL)
-        set_global_attribute(_CALL, call)
-        try:
+        with _passing_down(_CALL, call), calling_with_segments(numbers):
             with AutocastScope(scope and scope.dtype):
                 yield
-        finally:
-            set_global_attribute(_CALL, before)
 
     return again
+
+
+def segments() -> Any:
+    """Segment numbers `(batch, tokens)` of the batch being called, or `None`.
+
+    Padding is 0, and the sequences of a row are 1, 2, ...
+    """
+    return get_global_attribute(_SEGMENTS)
+
+
+def calling_with_segments(
+    numbers: Any,
+) -> contextlib.AbstractContextManager[None]:
+    """Within, `segments()` are `numbers`."""
+    return _passing_down(_SEGMENTS, numbers)
+
+
+@contextlib.contextmanager
+def _passing_down(name, value):
+    before = get_global_attribute(name)
+    set_global_attribute(name, value)
+    try:
+        yield
+    finally:
+        set_global_attribute(name, before)
 
 
 def values_of(variables: Sequence[keras.Variable]) -> list[Any]:
@@ -213,6 +236,9 @@ _MARK = "adapted"
 
 # Under this name Keras keeps what is passed down through a call.
 _CALL = "current_call_ctx"
+
+# Under this one we do, for layers that are handed no segment numbers.
+_SEGMENTS = "keras_peft_segments"
 
 # Attribute with the names of methods that an instance answers itself.
 _REPLACED = "replaced_methods"
@@ -553,6 +579,23 @@ def restore_methods(target: keras.Layer) -> set[str]:
         for name in (*replaced, _REPLACED):
             object.__delattr__(target, name)
     return replaced
+
+
+@contextlib.contextmanager
+def replacing_for_now(targets: Sequence[keras.Layer]) -> Iterator[None]:
+    """Within, methods may be replaced; afterwards they are as before."""
+    before = []
+    for target in targets:
+        own = vars(target)
+        names = (*own[_REPLACED], _REPLACED) if _REPLACED in own else ()
+        before.append({name: own[name] for name in names})
+    try:
+        yield
+    finally:
+        for target, replaced in zip(targets, before, strict=True):
+            restore_methods(target)
+            for name, value in replaced.items():
+                set_plain(target, name, value)
 
 
 def method_of_class(target: keras.Layer, name: str) -> Callable:

@@ -13,6 +13,8 @@ from keras_peft.training.chunked_loss import checked_split
 from keras_peft.training.chunked_loss import chunk_loss
 from keras_peft.training.rematerialize import blocks_of
 from keras_peft.training.rematerialize import rematerialize
+from keras_peft.training.segments import replace_methods
+from keras_peft.training.segments import separable_parts
 
 
 def prepare(
@@ -21,6 +23,7 @@ def prepare(
     remat: str | None = None,
     attention: str | None = "auto",
     chunk_size: int = 1024,
+    packing: bool = False,
     capture: bool = False,
 ) -> keras.Model:
     """Puts onto `model` what makes training faster and smaller, in place.
@@ -42,6 +45,9 @@ def prepare(
             `"auto"`: `"causal"` on JAX with a GPU, if the model has
             transformer blocks, else `None`.
         chunk_size: Positive integer. Tokens whose logits exist at once.
+        packing: Boolean. Whether the sequences of a row are kept apart, for
+            the rows of `keras_peft.training.pack`
+            (`keras_peft.training.separate_segments`).
         capture: Boolean. On torch with a GPU, steps are recorded as CUDA
             graphs (`keras_peft.training.capture_steps`): half of the time,
             for models without dropout.
@@ -82,7 +88,10 @@ def prepare(
         attentions_of(model)
     if capture:
         check_capture(model)
+    parts = separable_parts(model) if packing else None
     restore(model)
+    if parts is not None:
+        replace_methods(parts)
     if attention is not None:
         causal_attention(model)
     if remat is not None:
