@@ -50,54 +50,45 @@ EIGHT = dict(
 )
 # `{row: (backend or "peft", settings)}`, by groups whose memory fits together:
 # what JAX has asked for once, it keeps.
-# In the first, one program alone is compiled.
+# In the first, one program alone is compiled by XLA.
 GROUPS = (
     {
         "prepared": ("jax", dict(prepare={})),
         "PEFT": ("peft", {}),
-        "PEFT, checkpointed": ("peft", dict(checkpoint=True)),
+        "prepared on torch": ("torch", dict(prepare=dict(capture=True))),
     },
     {
         "prepared, remat dots": ("jax", dict(prepare=dict(remat="dots"))),
         "prepared, remat full": ("jax", dict(prepare=dict(remat="full"))),
+        "PEFT, checkpointed": ("peft", dict(checkpoint=True)),
         "prepared, NF4": ("jax", dict(prepare={}, base="nf4")),
         "prepared, NF4, remat full": (
             "jax",
-            dict(prepare=dict(remat="full"), base="nf4"),
+            dict(prepare=dict(remat="full", chunk_size=512), base="nf4"),
+        ),
+        "8B, NF4, remat full": (
+            "jax",
+            dict(prepare=dict(remat="full"), base="nf4", **EIGHT),
         ),
     },
     {
-        "prepared, attention as it is": (
-            "jax",
-            dict(prepare=dict(attention=None)),
-        ),
-        "adapted": ("jax", {}),
         "enable_lora": ("jax", dict(lora="keras")),
-    },
-    {
-        "full": ("jax", dict(lora=None)),
-        "PEFT, compiled": ("peft", dict(compile=True)),
-        "prepared on torch": ("torch", dict(prepare=dict(capture=True))),
-    },
-    {
-        "prepared, DoRA": (
-            "jax",
-            dict(prepare={}, method=("LoRA", dict(rank=16, decompose=True))),
-        ),
+        "adapted": ("jax", {}),
         "prepared, dropout": (
             "jax",
             dict(prepare={}, method=("LoRA", dict(rank=16, dropout=0.1))),
         ),
         "prepared, bottleneck": (
             "jax",
-            dict(
-                prepare={},
-                method=("BottleneckAdapter", dict(reduction=32)),
-            ),
+            dict(prepare={}, method=("BottleneckAdapter", dict(reduction=32))),
         ),
-        "8B, NF4, remat full": (
+    },
+    {
+        "full": ("jax", dict(lora=None)),
+        "PEFT, compiled": ("peft", dict(compile=True)),
+        "prepared, DoRA": (
             "jax",
-            dict(prepare=dict(remat="full"), base="nf4", **EIGHT),
+            dict(prepare={}, method=("LoRA", dict(rank=16, decompose=True))),
         ),
     },
 )

@@ -115,6 +115,8 @@ class _Recorder:
         graph = torch.cuda.CUDAGraph()
         # Its own: what is recorded reads them ever after.
         batch = keras.tree.map_structure(_copy, batch)
+        # A recording has memory of its own.
+        torch.cuda.empty_cache()
         try:
             with torch.cuda.graph(graph, pool=self.pool), self.constants:
                 logs = self.model.train_step(batch)
