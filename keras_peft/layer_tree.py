@@ -197,6 +197,25 @@ def is_generator(variable: keras.Variable) -> bool:
     return "seed_generator" in variable.path
 
 
+def layout_of(variable: keras.Variable) -> Any:
+    """The layout by which a variable lies on devices, or `None`."""
+    return getattr(variable, "_layout", None)
+
+
+def set_layout(variable: keras.Variable, layout: Any) -> None:
+    """Lays a variable out on devices, now and whenever it is assigned."""
+    variable._layout = layout
+    variable.assign(variable.value)
+
+
+def lay_out(
+    variable: keras.Variable, distribution: keras.distribution.DataParallel
+) -> None:
+    """Lays a variable out as if it was created under `distribution`."""
+    variable._layout = None
+    set_layout(variable, distribution.get_variable_layout(variable))
+
+
 # -- Adapted layers ----------------------------------------------------------
 
 # What a layer does after its kernel. It is taken off the layer while that is
@@ -528,6 +547,11 @@ def restore_methods(target: keras.Layer) -> set[str]:
         for name in (*replaced, _REPLACED):
             object.__delattr__(target, name)
     return replaced
+
+
+def is_replaced(target: keras.Layer, name: str) -> bool:
+    """Whether `replace_method` hides a method of `target`."""
+    return name in vars(target).get(_REPLACED, ())
 
 
 def method_of_class(target: keras.Layer, name: str) -> Callable:

@@ -8,17 +8,23 @@
 
 from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import chunk_loss
+from keras_peft.training.data_parallel import data_parallel
 from keras_peft.training.prepare import prepare
 from keras_peft.training.prepare import restore
 from keras_peft.training.progress import Progress
 from keras_peft.training.rematerialize import rematerialize
+from keras_peft.training.sharding import FullyShardedDataParallel
+from keras_peft.training.sharding import distribute
 from keras_peft.training.smoothed import SmoothedCrossentropy
 
 __all__ = [
+    "FullyShardedDataParallel",
     "Progress",
     "SmoothedCrossentropy",
     "causal_attention",
     "chunk_loss",
+    "data_parallel",
+    "distribute",
     "prepare",
     "rematerialize",
     "restore",

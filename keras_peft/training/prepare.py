@@ -9,6 +9,7 @@ from keras_peft.training.causal_attention import attentions_of
 from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import checked_split
 from keras_peft.training.chunked_loss import chunk_loss
+from keras_peft.training.gathering import gather_weights
 from keras_peft.training.rematerialize import blocks_of
 from keras_peft.training.rematerialize import rematerialize
 
@@ -25,7 +26,9 @@ def prepare(
     Then `compile` and `fit` as ever. Nothing of it is in what is saved, be it
     the model or an adapter; adapters can be added, merged and removed before
     and after. `keras_peft.training.restore` undoes it, and a second call
-    replaces the first.
+    replaces the first. Under `keras_peft.training.FullyShardedDataParallel`,
+    layers also put their kernels together before they compute, so that no
+    activations travel.
 
     Args:
         model: A built model, adapted or not.
@@ -75,6 +78,7 @@ def prepare(
     if attention is not None:
         attentions_of(model)
     restore(model)
+    gather_weights(model)
     if attention is not None:
         causal_attention(model)
     if remat is not None:
