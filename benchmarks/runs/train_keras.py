@@ -24,8 +24,20 @@ PROJECTIONS = (
 )
 
 
-def measure(path, rows, length, vocabulary, lora="ours", prepare=None, **shape):
-    """`{"step": seconds, "first_step": seconds, "peak_gib": ...}`."""
+def measure(
+    path,
+    rows,
+    length,
+    vocabulary,
+    lora="ours",
+    prepare=None,
+    processes=1,
+    **shape,
+):
+    """`{"step": seconds, "first_step": seconds, "peak_gib": ...}`.
+
+    `rows` are those of all GPUs together.
+    """
     losses = []
 
     def train(steps):
@@ -33,6 +45,8 @@ def measure(path, rows, length, vocabulary, lora="ours", prepare=None, **shape):
 
     with device(path):
         model = build(vocabulary, lora, prepare, **shape)
+        if processes > 1:
+            keras_peft.training.data_parallel(model)
         arrays = batches(rows, length, vocabulary)
         start = time.perf_counter()
         train(1)
@@ -52,7 +66,16 @@ def measure(path, rows, length, vocabulary, lora="ours", prepare=None, **shape):
 
 
 def build(
-    vocabulary, lora, prepare, layers, heads, key_heads, hidden, inner, rank
+    vocabulary,
+    lora,
+    prepare,
+    layers,
+    heads,
+    key_heads,
+    hidden,
+    inner,
+    rank,
+    tied=True,
 ):
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.Llama3Backbone(
@@ -64,7 +87,7 @@ def build(
         intermediate_dim=inner,
         rope_max_wavelength=500000.0,
         layer_norm_epsilon=1e-5,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         dtype="bfloat16",
     )
     if lora == "keras":
