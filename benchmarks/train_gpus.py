@@ -59,7 +59,8 @@ def run(name, small):
     backend, _, gpus, *_ = ROWS[name]
     launch = []
     if backend == "torch" and gpus > 1:
-        launch = ["-m", "torch.distributed.run", f"--nproc-per-node={gpus}"]
+        processes = ["--standalone", f"--nproc-per-node={gpus}"]
+        launch = ["-m", "torch.distributed.run", *processes]
     devices = ",".join(map(str, range(gpus)))
     environment = {
         "KERAS_BACKEND": backend,

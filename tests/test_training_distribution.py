@@ -13,16 +13,14 @@ from keras_peft import training
 
 BACKEND = keras.config.backend()
 FLAGS = {"jax": {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}}
-LAUNCH = {
-    "torch": ["-m", "torch.distributed.run", "--nproc-per-node=2"]
-    + ["--master-port=0", "--log-line-prefix-template="]
-}
+# At a port that is free.
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 @pytest.mark.slice
 def test_laws_hold_on_several_devices():
     laws = Path(__file__).parent / "devices" / f"laws_{BACKEND}.py"
-    launch = LAUNCH.get(BACKEND, [])
+    launch = TORCHRUN if BACKEND == "torch" else []
     done = subprocess.run(
         [sys.executable, *launch, "-m", "pytest", "-x", "-q", str(laws)],
         env={**os.environ, **FLAGS.get(BACKEND, {}), "OMP_NUM_THREADS": "1"},
