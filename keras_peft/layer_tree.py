@@ -145,12 +145,20 @@ def _stable_name(layer, counts):
 
 
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:
-    """What a layer holds itself, without the states of random generators."""
-    variables = layer._trainable_variables + layer._non_trainable_variables
+    """What a layer holds itself, without the states of random generators.
+
+    A kernel that is computed stands for what it is computed from.
+    """
+    variables = stored_variables(layer)
     kernel = vars(layer).get("_kernel")
     if parts := {id(part) for part in getattr(kernel, "parts", {}).values()}:
-        # One that is computed stands for what it is computed from.
-        variables = [kernel, *(v for v in variables if id(v) not in parts)]
+        return [kernel, *(v for v in variables if id(v) not in parts)]
+    return variables
+
+
+def stored_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """The same, as they are in memory."""
+    variables = layer._trainable_variables + layer._non_trainable_variables
     return [v for v in variables if not is_generator(v)]
 
 
@@ -222,6 +230,25 @@ def is_random(layer: keras.Layer) -> bool:
 def is_generator(variable: keras.Variable) -> bool:
     """Whether a variable is the state of a random generator."""
     return "seed_generator" in variable.path
+
+
+def layout_of(variable: keras.Variable) -> Any:
+    """The layout by which a variable lies on devices, or `None`."""
+    return getattr(variable, "_layout", None)
+
+
+def set_layout(variable: keras.Variable, layout: Any) -> None:
+    """Lays a variable out on devices, now and whenever it is assigned."""
+    variable._layout = layout
+    variable.assign(variable.value)
+
+
+def lay_out(
+    variable: keras.Variable, distribution: keras.distribution.DataParallel
+) -> None:
+    """Lays a variable out as if it was created under `distribution`."""
+    variable._layout = None
+    set_layout(variable, distribution.get_variable_layout(variable))
 
 
 # -- Adapted layers ----------------------------------------------------------
@@ -596,6 +623,11 @@ def replacing_for_now(targets: Sequence[keras.Layer]) -> Iterator[None]:
             restore_methods(target)
             for name, value in replaced.items():
                 set_plain(target, name, value)
+
+
+def is_replaced(target: keras.Layer, name: str) -> bool:
+    """Whether `replace_method` hides a method of `target`."""
+    return name in vars(target).get(_REPLACED, ())
 
 
 def method_of_class(target: keras.Layer, name: str) -> Callable:

@@ -3,6 +3,7 @@
 import keras
 
 from keras_peft import layer_tree
+from keras_peft.processes import is_data_parallel
 
 # Steps that are done as ever before one is recorded: what is made once, such
 # as an optimizer's slots and a library's workspace, is made in them.
@@ -50,6 +51,11 @@ def check_capture(model: keras.Model) -> None:
             "Steps are recorded by torch on a GPU of NVIDIA; JAX and "
             "TensorFlow compile them anyway. Leave it out here. Received: "
             f"backend {keras.config.backend()!r}, without such a GPU"
+        )
+    if is_data_parallel(model):
+        raise ValueError(
+            "Steps that are recorded send nothing to other processes. Leave "
+            f"it out. Received: model={model.name!r} with `data_parallel`"
         )
     if layer_tree.is_random(model):
         raise ValueError(

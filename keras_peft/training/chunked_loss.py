@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_peft import layer_tree
 from keras_peft.training import chunks
+from keras_peft.training.gathering import gathered
 from keras_peft.training.head import SplitModel
 from keras_peft.training.head import split_model
 
@@ -41,8 +42,8 @@ def chunk_loss(model: keras.Model, chunk_size: int = 1024) -> keras.Model:
         model: A functional model that ends with a `Dense` layer or a reversed
             embedding, soft-capped or not: most causal language models of
             keras-hub. Adapted or not.
-        chunk_size: Positive integer. Tokens whose logits exist at once. 1024
-            is enough to keep a GPU busy.
+        chunk_size: Positive integer. Tokens whose logits exist at once, on
+            each device. 1024 is enough to keep a GPU busy.
 
     Returns:
         `model`.
@@ -169,15 +170,15 @@ class _ChunkedLoss:
         variables = self.split.head.trainable_variables if training else []
         frozen = functools.partial(function, [])
         arrays = ops.reshape(hidden, (-1, hidden.shape[-1])), others
-        if variables:
-            values = layer_tree.values_of(variables)
-            numbers = chunks.recomputed(
-                function, *arrays, values, self.chunk_size
-            )
-        elif training:
-            numbers = chunks.differentiable(frozen, *arrays, self.chunk_size)
-        else:
-            numbers = chunks.plain(frozen, *arrays, self.chunk_size)
+        size = self.chunk_size
+        with gathered(self.split.head):  # Once, and not for every chunk.
+            if variables:
+                values = layer_tree.values_of(variables)
+                numbers = chunks.recomputed(function, *arrays, values, size)
+            elif training:
+                numbers = chunks.differentiable(frozen, *arrays, size)
+            else:
+                numbers = chunks.plain(frozen, *arrays, size)
         losses, valid, *means = (ops.reshape(n, shape) for n in numbers)
         return _Tokens(
             losses,

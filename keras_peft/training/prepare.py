@@ -4,6 +4,7 @@ import keras
 
 from keras_peft import layer_tree
 from keras_peft.blocks import find_blocks
+from keras_peft.processes import is_data_parallel
 from keras_peft.training.attention_forms import is_on_gpu
 from keras_peft.training.capture import capture_steps
 from keras_peft.training.capture import check_capture
@@ -11,6 +12,8 @@ from keras_peft.training.causal_attention import attentions_of
 from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import checked_split
 from keras_peft.training.chunked_loss import chunk_loss
+from keras_peft.training.data_parallel import data_parallel
+from keras_peft.training.gathering import gather_weights
 from keras_peft.training.rematerialize import blocks_of
 from keras_peft.training.rematerialize import rematerialize
 from keras_peft.training.segments import replace_methods
@@ -31,7 +34,9 @@ def prepare(
     Then `compile` and `fit` as ever. Nothing of it is in what is saved, be it
     the model or an adapter; adapters can be added, merged and removed before
     and after. `keras_peft.training.restore` undoes it, and a second call
-    replaces the first.
+    replaces the first. Under `keras_peft.training.FullyShardedDataParallel`,
+    layers also put their kernels together before they compute, so that no
+    activations travel.
 
     Args:
         model: A built model, adapted or not.
@@ -89,7 +94,11 @@ def prepare(
     if capture:
         check_capture(model)
     parts = separable_parts(model) if packing else None
+    is_parallel = is_data_parallel(model)
     restore(model)
+    gather_weights(model)
+    if is_parallel:
+        data_parallel(model)
     if parts is not None:
         replace_methods(parts)
     if attention is not None:

@@ -1,6 +1,7 @@
 """Blocks whose activations are computed again instead of kept."""
 
 import functools
+import math
 
 import keras
 
@@ -8,6 +9,8 @@ from keras_peft import layer_tree
 from keras_peft.training.model_blocks import layers_and_blocks
 
 _POLICIES = ("full", "dots")
+# What sums fewer products than this is cheap: an adapter's second factor.
+_THIN = 128
 
 
 def rematerialize(model: keras.Model, policy: str = "full") -> keras.Model:
@@ -28,8 +31,8 @@ def rematerialize(model: keras.Model, policy: str = "full") -> keras.Model:
         model: A built model with transformer blocks: layers that hold an
             attention and a feed-forward part.
         policy: What of a block is computed again. `"full"`: all of it.
-            `"dots"`: all but the products with kernels, which take most of
-            the time; on JAX and torch.
+            `"dots"`: all but the products with kernels of 128 inputs or more,
+            which take most of the time; on JAX and torch.
 
     Returns:
         `model`.
@@ -135,8 +138,7 @@ def _dots(function):
     if keras.config.backend() == "jax":
         import jax
 
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(function, policy=kept)
+        return jax.checkpoint(function, policy=_keeps_on_jax)
     from torch.utils import checkpoint
 
     def contexts():
@@ -150,6 +152,18 @@ def _dots(function):
     )
 
 
+def _keeps_on_jax(operation, *arrays, **settings):
+    import jax
+
+    product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if not product(operation, *arrays, **settings):
+        return False
+    if "dimension_numbers" not in settings:
+        return True
+    (summed, _), _ = settings["dimension_numbers"]
+    return math.prod(arrays[0].shape[axis] for axis in summed) >= _THIN
+
+
 def _keeps(context, operation, *args, **kwargs):
     from torch.utils.checkpoint import CheckpointPolicy
 
@@ -157,6 +171,6 @@ def _keeps(context, operation, *args, **kwargs):
     matrices = name in ("aten::mm", "aten::addmm")
     # An einsum of a kernel is a batch of one.
     single = name == "aten::bmm" and args[0].shape[0] == 1
-    if matrices or single:
+    if (matrices or single) and args[-2].shape[-1] >= _THIN:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
