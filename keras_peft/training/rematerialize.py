@@ -9,8 +9,9 @@ from keras_peft import layer_tree
 from keras_peft.training.model_blocks import layers_and_blocks
 
 _POLICIES = ("full", "dots")
-# What sums fewer products than this is cheap: an adapter's second factor.
-_THIN = 128
+# A product that sums a sixteenth of what it spans is cheap: that with the
+# second factor of an adapter.
+_THIN = 16
 
 
 def rematerialize(model: keras.Model, policy: str = "full") -> keras.Model:
@@ -31,8 +32,8 @@ def rematerialize(model: keras.Model, policy: str = "full") -> keras.Model:
         model: A built model with transformer blocks: layers that hold an
             attention and a feed-forward part.
         policy: What of a block is computed again. `"full"`: all of it.
-            `"dots"`: all but the products with kernels of 128 inputs or more,
-            which take most of the time; on JAX and torch.
+            `"dots"`: all but the products with kernels, which take most of
+            the time; on JAX and torch.
 
     Returns:
         `model`.
@@ -160,8 +161,18 @@ def _keeps_on_jax(operation, *arrays, **settings):
         return False
     if "dimension_numbers" not in settings:
         return True
-    (summed, _), _ = settings["dimension_numbers"]
-    return math.prod(arrays[0].shape[axis] for axis in summed) >= _THIN
+    summed, _ = settings["dimension_numbers"]
+    return not _is_thin(
+        [
+            (math.prod(array.shape[axis] for axis in axes), array.size)
+            for array, axes in zip(arrays, summed, strict=True)
+        ]
+    )
+
+
+def _is_thin(factors):
+    """Whether the product of two is, given what each sums and its size."""
+    return all(size >= _THIN * summed * summed for summed, size in factors)
 
 
 def _keeps(context, operation, *args, **kwargs):
@@ -171,6 +182,10 @@ def _keeps(context, operation, *args, **kwargs):
     matrices = name in ("aten::mm", "aten::addmm")
     # An einsum of a kernel is a batch of one.
     single = name == "aten::bmm" and args[0].shape[0] == 1
-    if (matrices or single) and args[-2].shape[-1] >= _THIN:
-        return CheckpointPolicy.MUST_SAVE
+    if matrices or single:
+        left, right = args[-2:]
+        summed = left.shape[-1]
+        factors = [(summed, left.numel()), (summed, right.numel())]
+        if not _is_thin(factors):
+            return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
