@@ -267,7 +267,7 @@ _CALL = "current_call_ctx"
 # Under this one we do, for layers that are handed no segment numbers.
 _SEGMENTS = "keras_peft_segments"
 
-# Attribute with the names of methods that an instance answers itself.
+# Attribute with `{name: why}` of methods that an instance answers itself.
 _REPLACED = "replaced_methods"
 
 
@@ -588,15 +588,25 @@ def replace_child(parent: keras.Layer, name: str, layer: keras.Layer) -> None:
             parent._tracker.untrack(old)
 
 
-def replace_method(target: keras.Layer, name: str, method: Callable) -> None:
+def replace_method(
+    target: keras.Layer, name: str, method: Callable, why: str = ""
+) -> None:
     """Lets `method(target, ...)` answer in the place of a method of its class.
 
     The class stays, so that adapters come and go and files are written as
-    before. `method_of_class` is what it was.
+    before. `method_of_class` is what it was. `why` is shown to users.
     """
     set_plain(target, name, functools.partial(method, target))
-    replaced = vars(target).get(_REPLACED, ())
-    set_plain(target, _REPLACED, {*replaced, name})
+    replaced = vars(target).get(_REPLACED, {})
+    set_plain(target, _REPLACED, {**replaced, name: why})
+
+
+def reasons(model: keras.Layer) -> dict[str, int]:
+    """`{why: number of layers}` of what was replaced in `model`."""
+    layers = [model, *(layer for _, layer in walk(model))]
+    found = [{*vars(layer).get(_REPLACED, {}).values()} for layer in layers]
+    whys = sorted({why for each in found for why in each} - {""})
+    return {why: sum(why in each for each in found) for why in whys}
 
 
 def restore_methods(target: keras.Layer) -> set[str]:

@@ -39,7 +39,9 @@ def capture_steps(model: keras.Model) -> keras.Model:
     >>> causal_lm.fit(inputs, targets)
     """
     check_capture(model)
-    layer_tree.replace_method(model, "make_train_function", _make_function)
+    layer_tree.replace_method(
+        model, "make_train_function", _make_function, "steps recorded"
+    )
     layer_tree.forget_compiled(model, optimizer=False)
     return model
 

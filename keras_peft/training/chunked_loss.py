@@ -59,8 +59,9 @@ def chunk_loss(model: keras.Model, chunk_size: int = 1024) -> keras.Model:
     >>> causal_lm.fit(inputs, targets)
     """
     chunked = _ChunkedLoss(checked_split(model, chunk_size), chunk_size)
+    why = f"loss in chunks of {chunk_size} tokens"
     for name in ("call", "compute_loss", "compute_metrics"):
-        layer_tree.replace_method(model, name, getattr(chunked, name))
+        layer_tree.replace_method(model, name, getattr(chunked, name), why)
     for name in ("train_step", "test_step"):
         step = functools.partial(chunked.step, name)
         layer_tree.replace_method(model, name, step)

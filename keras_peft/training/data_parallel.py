@@ -11,6 +11,8 @@ from keras_peft import layer_tree
 from keras_peft.adapted_model import trained_norms
 from keras_peft.processes import is_data_parallel
 
+_WHY = "batches shared by processes"
+
 
 def data_parallel(model: keras.Model) -> keras.Model:
     """Shares the batches of `fit` among the processes of torchrun, in place.
@@ -61,7 +63,7 @@ def data_parallel(model: keras.Model) -> keras.Model:
     _check_processes(model)
     _check_not_recorded(model)
     for name, method in _METHODS.items():
-        layer_tree.replace_method(model, name, method)
+        layer_tree.replace_method(model, name, method, _WHY)
     layer_tree.forget_compiled(model, optimizer=False)
     return model
 

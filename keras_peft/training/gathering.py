@@ -8,6 +8,8 @@ from keras.distribution import TensorLayout
 
 from keras_peft import layer_tree
 
+_WHY = "weights put together from all devices"
+
 
 def gather_weights(model: keras.Model) -> None:
     """Lets each layer put its weights together before it computes.
@@ -22,7 +24,7 @@ def gather_weights(model: keras.Model) -> None:
         if any(map(_whole_layout, layer_tree.stored_variables(layer)))
     ]
     for layer in split:
-        layer_tree.replace_method(layer, "call", _call)
+        layer_tree.replace_method(layer, "call", _call, _WHY)
     if split:
         layer_tree.forget_compiled(model, optimizer=False)
 

@@ -49,7 +49,8 @@ def rematerialize(model: keras.Model, policy: str = "full") -> keras.Model:
     blocks = blocks_of(model, policy)
     method = functools.partial(_call, _full if policy == "full" else _dots)
     for block in blocks:
-        layer_tree.replace_method(block, "call", method)
+        why = f"computed again in the backward pass ({policy!r})"
+        layer_tree.replace_method(block, "call", method, why)
     layer_tree.forget_compiled(model, optimizer=False)
     return model
 

@@ -97,7 +97,8 @@ def separable_parts(model: keras.Model) -> SeparableParts:
 
 def replace_methods(parts: SeparableParts) -> None:
     """Lets parts heed segments."""
-    layer_tree.replace_method(parts.backbone, "call", _call)
+    why = "sequences of a row kept apart"
+    layer_tree.replace_method(parts.backbone, "call", _call, why)
     for block in parts.blocks:
         name = _mask_method(block)
         layer_tree.replace_method(block, name, functools.partial(_mask, name))
