@@ -11,6 +11,7 @@ import keras
 from keras_peft import adapted_model
 from keras_peft import adapter_state
 from keras_peft import base_format
+from keras_peft import keras_quantized
 from keras_peft import layer_tree
 from keras_peft.adapter_state import NamedAdapter
 from keras_peft.calibration import observe
@@ -101,34 +102,37 @@ def adapt(
     >>> classifier.fit(sentences, labels)
     """
     _check_arguments(model, method, name)
-    if quantize_aware is not None:
-        _check_one_rounding(model, base, quantize_aware)
-        method = aware(method, quantize_aware)
-    _check_calibration(method, calibration)
-    head = _head_of(model, head)
-    candidates = Candidates(model, head, method.accepts)
-    if targets is None:
-        paths = method.default_targets(candidates)
-        if not paths:
-            raise ValueError(no_match(candidates, [], targets))
-    else:
-        paths = select(candidates, targets)
-    norms = _norms_of_head(model, head, paths, batch_norm)
-    method = method.for_layers(candidates, paths)
-    _check_patterns(candidates, method, paths)
-    layers = layer_tree.layers_by_path(model)
-    adapted = {path: layers[path] for path in paths}
-    check_layers(adapted, method)
-    observed = None
-    if method.calibrated:
-        observed = observe(model, adapted, calibration, method.observes)
-    head = [h for h in head if not any(lies_in(path, [h]) for path in paths)]
-    head += norms
-    formats = base_format.formats_to_take(model, base, head)
-    adapter = NamedAdapter(method, paths)
-    with base_format.packed(model, formats):
-        adapted_model.install(model, name, adapter, head, True, observed)
-    adapted_model.activate(model, {name: 1.0})
+    with base_format.quantized_taken(model):
+        if quantize_aware is not None:
+            _check_one_rounding(model, base, quantize_aware)
+            method = aware(method, quantize_aware)
+        _check_calibration(method, calibration)
+        head = _head_of(model, head)
+        candidates = Candidates(model, head, method.accepts)
+        if targets is None:
+            paths = method.default_targets(candidates)
+            if not paths:
+                raise ValueError(no_match(candidates, [], targets))
+        else:
+            paths = select(candidates, targets)
+        norms = _norms_of_head(model, head, paths, batch_norm)
+        method = method.for_layers(candidates, paths)
+        _check_patterns(candidates, method, paths)
+        layers = layer_tree.layers_by_path(model)
+        adapted = {path: layers[path] for path in paths}
+        check_layers(adapted, method)
+        observed = None
+        if method.calibrated:
+            observed = observe(model, adapted, calibration, method.observes)
+        head = [
+            h for h in head if not any(lies_in(path, [h]) for path in paths)
+        ]
+        head += norms
+        formats = base_format.formats_to_take(model, base, head)
+        adapter = NamedAdapter(method, paths)
+        with base_format.packed(model, formats):
+            adapted_model.install(model, name, adapter, head, True, observed)
+        adapted_model.activate(model, {name: 1.0})
     warn_of_tokenizer(model)
     return model
 
@@ -284,10 +288,16 @@ def _objection(layer, method):
     if not method.accepts(layer):
         kind = layer_tree.base_class(layer).__name__
         return f"a {kind} cannot carry {type(method).__name__}"
-    if getattr(layer, "quantization_mode", None):
+    mode = getattr(layer, "quantization_mode", None)
+    if mode in keras_quantized.MODES:
         return (
-            f"its kernel is quantized ({layer.quantization_mode}); adapt the "
-            "float model, merge, and quantize on export"
+            f"its {mode} was not calibrated; leave it out with the `filters` "
+            "of `model.quantize`, or make it part of a calibrated block"
+        )
+    if mode:
+        return (
+            f"Keras quantized it, and what it is called on ({mode}); adapt "
+            "the float model with `base='int8'`, or merge, then quantize"
         )
     if getattr(layer, "lora_enabled", False):
         return "Keras' own LoRA is enabled on it"

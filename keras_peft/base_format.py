@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import keras
 
+from keras_peft import keras_quantized
 from keras_peft import layer_tree
 from keras_peft import packed_kernel
 from keras_peft.packed_kernel import formats
@@ -111,22 +112,50 @@ def packed(model: keras.Model, chosen: Mapping[str, str]) -> Iterator[None]:
     done = []
     try:
         for path, base in chosen.items():
-            packed_kernel.pack(layers[path], FORMATS[base])
+            _pack(layers[path], base)
             done.append(layers[path])
         yield
     except BaseException:
         for layer in done:
-            packed_kernel.unpack(layer, layer._kernel.original)
+            _undo(layer)
         raise
     for layer in done:
         layer._kernel.original = None
+
+
+def _pack(layer, base):
+    if base in keras_quantized.MODES:
+        keras_quantized.take(layer, base)
+    else:
+        packed_kernel.pack(layer, FORMATS[base])
+
+
+def _undo(layer):
+    if keras_quantized.is_taken(layer):
+        keras_quantized.give_back(layer)
+    else:
+        packed_kernel.unpack(layer, layer._kernel.original)
+
+
+@contextlib.contextmanager
+def quantized_taken(model: keras.Model) -> Iterator[None]:
+    """Makes what Keras quantized a packed base, for good unless it fails."""
+    with packed(model, keras_quantized.formats(model)):
+        yield
+
+
+def give_back(model: keras.Model) -> None:
+    """Leaves what Keras quantized as Keras has it."""
+    for _, layer in layer_tree.walk(model):
+        if keras_quantized.is_taken(layer):
+            keras_quantized.give_back(layer)
 
 
 def unpack(model: keras.Model) -> dict[str, packed_kernel.PackedKernel]:
     """Gives every layer a plain kernel; `{path: packed}` is for `repack`."""
     layer_tree.forget_parameters(model)
     return {
-        path: packed_kernel.unpack(layer)
+        path: _module_of(layer._kernel).unpack(layer)
         for path, layer in list(layer_tree.walk(model))
         if packed_kernel.is_packed(layer)
     }
@@ -139,4 +168,9 @@ def repack(
     layers = dict(layer_tree.walk(model))
     layer_tree.forget_parameters(model)
     for path, kernel in packed.items():
-        packed_kernel.repack(layers[path], kernel)
+        _module_of(kernel).repack(layers[path], kernel)
+
+
+def _module_of(kernel):
+    quantized = isinstance(kernel, keras_quantized.QuantizedKernel)
+    return keras_quantized if quantized else packed_kernel

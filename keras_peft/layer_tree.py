@@ -579,6 +579,11 @@ def track_first(layer: keras.Layer, variable: keras.Variable) -> None:
         layer._post_track_variable(variable)
 
 
+def set_quantized(layer: keras.Layer, quantized: bool) -> None:
+    """Says whether Keras quantized a layer: it does not do so twice."""
+    layer._is_quantized = quantized
+
+
 def forget_parameters(model: keras.Layer) -> None:
     """Lets torch find parameters anew: every layer has a list of its own."""
     if keras.config.backend() == "torch":

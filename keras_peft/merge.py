@@ -31,7 +31,8 @@ class MergeReport:
         base_errors: `{path: error}` of a base in 4 or 8 bits, adapted or not:
             the norm of what rounding lost when the base was quantized, over
             the norm of the kernel. The adapters were trained over what was
-            left, and that is what they are merged into.
+            left, and that is what they are merged into. Of a base that Keras
+            quantized it is not known.
     """
 
     errors: dict[str, float]
@@ -101,7 +102,11 @@ def merge(model: keras.Model) -> MergeReport:
         base_format.repack(model, packed)
         raise
     dtypes = {path: held[0][0].dtype for path, held in values.items()}
-    base_errors = {path: kernel.error for path, kernel in packed.items()}
+    base_errors = {
+        path: kernel.error
+        for path, kernel in packed.items()
+        if kernel.error is not None
+    }
     adapters = adapted_model.strip(model)
     digests = {path: _digests(held) for path, held in values.items()}
     _MERGED[model] = _Merged(state, adapters, values, digests, packed)

@@ -63,13 +63,18 @@ class PackedKernel(keras.Variable):
         self.parts[_ORIGIN].assign([*sampled, lost])
 
     @property
+    def mixin(self) -> type:
+        """For the class of the layer."""
+        return PackedLayer
+
+    @property
     def samples(self) -> list[float]:
         """What `samples` gave for the kernel as it was."""
         origin = ops.convert_to_numpy(self.parts[_ORIGIN])
         return [float(v) for v in origin[: min(SAMPLES, np.prod(self.shape))]]
 
     @property
-    def error(self) -> float:
+    def error(self) -> float | None:
         """What rounding lost, over the norm of the kernel."""
         return float(ops.convert_to_numpy(self.parts[_ORIGIN])[-1])
 
@@ -191,7 +196,8 @@ def can_pack(layer: keras.Layer) -> bool:
 
     Routers and other thin ones weigh little and are sensitive.
     """
-    if not has_kernel(layer) or layer.quantization_mode is not None:
+    quantized = is_packed(layer) or getattr(layer, "quantization_mode", None)
+    if quantized or not has_kernel(layer):
         return False
     cls: Any = layer_tree.base_class(layer)
     kinds = keras.layers.Dense, keras.layers.EinsumDense
@@ -231,13 +237,14 @@ def pack(layer: keras.Layer, form: BlockFormat, empty: bool = False) -> None:
         packed.original = None
     else:
         packed.assign(variable)
-    _become_packed(layer, packed)
+    layer_tree.untrack(layer, variable)
+    become_packed(layer, packed)
 
 
-def _become_packed(layer, packed):
-    layer_tree.untrack(layer, layer._kernel)
+def become_packed(layer: keras.Layer, packed: PackedKernel) -> None:
+    """Lets a layer without a kernel compute with a packed one."""
     layer_tree.set_plain(layer, "_kernel", packed)
-    layer_tree.mix_in(layer, PackedLayer)
+    layer_tree.mix_in(layer, packed.mixin)
 
 
 def unpack(
@@ -252,7 +259,7 @@ def unpack(
         variable = packed.as_variable()
     for part in packed.parts.values():
         layer_tree.untrack(layer, part)
-    layer_tree.mix_out(layer, PackedLayer)
+    layer_tree.mix_out(layer, packed.mixin)
     layer_tree.set_plain(layer, "_kernel", variable)
     layer_tree.track_first(layer, variable)
     return packed
@@ -262,4 +269,5 @@ def repack(layer: keras.Layer, packed: PackedKernel) -> None:
     """Undoes `unpack`."""
     for part in packed.parts.values():
         layer_tree.track(layer, part)
-    _become_packed(layer, packed)
+    layer_tree.untrack(layer, layer._kernel)
+    become_packed(layer, packed)
