@@ -163,10 +163,9 @@ def unpack(layer: keras.Layer) -> QuantizedKernel:
     """
     kernel = packed_kernel.unpack(layer)
     kernel.policy, kernel.config = _policy_of(layer), layer.quantization_config
-    _, _, source = kernel.policy.name.partition("_from_")
     layer_tree.set_quantized(layer, False)
     layer.quantization_config = None
-    layer.dtype_policy = source
+    layer.dtype_policy = kernel.policy.get_config()["source_name"]
     return kernel
 
 
