@@ -74,8 +74,9 @@ def adapt(
         base: `"nf4"`, `"int4"` or `"int8"`: the kernels of the frozen base
             are rounded to 4 or 8 bits, in blocks of 64, and computed again
             wherever they are needed, so that a model takes a quarter or half
-            of the memory. `Dense` and `EinsumDense` layers of 64 inputs and
-            outputs or more, adapted or not, outside the head. `"nf4"` fits
+            of the memory. `Dense` and `EinsumDense` layers, and banks of
+            experts, of 64 inputs and outputs or more, adapted or not, outside
+            the head. `"nf4"` fits
             kernels best in 4 bits
             ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)).
             `merge` gives the model kernels in its dtype again; `remove` leaves

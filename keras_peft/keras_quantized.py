@@ -76,8 +76,8 @@ class QuantizedKernel(PackedKernel):
         self.original = None
 
     @property
-    def mixin(self):
-        return QuantizedLayer
+    def mixins(self):
+        return (QuantizedLayer,)
 
     @property
     def samples(self):
@@ -156,25 +156,26 @@ def is_taken(layer: keras.Layer) -> bool:
     return isinstance(layer, QuantizedLayer)
 
 
-def unpack(layer: keras.Layer) -> QuantizedKernel:
+def unpack(layer: keras.Layer) -> list[PackedKernel]:
     """Gives a layer a plain kernel, and the policy from before it had integers.
 
     Returns the packed one, for `repack`.
     """
-    kernel = packed_kernel.unpack(layer)
+    (kernel,) = kernels = packed_kernel.unpack(layer)
     kernel.policy, kernel.config = _policy_of(layer), layer.quantization_config
     layer_tree.set_quantized(layer, False)
     layer.quantization_config = None
     layer.dtype_policy = kernel.policy.get_config()["source_name"]
-    return kernel
+    return kernels
 
 
-def repack(layer: keras.Layer, kernel: QuantizedKernel) -> None:
+def repack(layer: keras.Layer, kernels: list[PackedKernel]) -> None:
     """Undoes `unpack`."""
+    (kernel,) = kernels
     layer_tree.set_quantized(layer, True)
     layer.quantization_config = kernel.config
     layer.dtype_policy = kernel.policy
-    packed_kernel.repack(layer, kernel)
+    packed_kernel.repack(layer, kernels)
 
 
 def _policy_of(layer):
