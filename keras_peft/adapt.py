@@ -46,6 +46,10 @@ def adapt(
 
     With several adapters the newest is the active one; `set_adapter` chooses.
 
+    A model that Keras quantized with GPTQ or AWQ is a base as it is: it keeps
+    its integers, `merge` gives plain kernels in its floating-point dtype, and
+    `remove` the quantized model again.
+
     Args:
         model: Any built Keras model, a keras-hub backbone or task included.
         method: Settings of a method, such as `keras_peft.LoRA(rank=8)`.

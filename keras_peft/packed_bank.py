@@ -130,12 +130,15 @@ def can_pack(layer: keras.Layer) -> bool:
 
 
 def _large(layer: keras.Layer) -> list[RawKernel]:
+    """Those of its kernels that are worth it, and can be replaced."""
     if not experts(layer):
         return []
     return [
         kernel
         for kernel in raw_kernels(layer)
-        if kernel.stack and min(kernel.inputs, kernel.outputs) >= BLOCK
+        if kernel.stack
+        and min(kernel.inputs, kernel.outputs) >= BLOCK
+        and _attribute_of(layer, kernel.variable) is not None
     ]
 
 
@@ -148,4 +151,5 @@ def pack(layer: keras.Layer, form: BlockFormat, empty: bool = False) -> None:
 
 
 def _attribute_of(layer, variable):
-    return next(n for n, value in vars(layer).items() if value is variable)
+    names = (n for n, value in vars(layer).items() if value is variable)
+    return next(names, None)
