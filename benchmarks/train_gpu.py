@@ -44,31 +44,52 @@ SMALL = dict(
     rows=2,
     length=64,
 )
+# The shape of Llama 3.1 8B, on one row.
+EIGHT = dict(
+    layers=32, hidden=4096, inner=14336, rows=1, length=2048, tied=False
+)
 # `{row: (backend or "peft", settings)}`, by groups whose memory fits together:
 # what JAX has asked for once, it keeps.
-# In the first, one program alone is compiled.
+# In the first, one program alone is compiled by XLA.
 GROUPS = (
     {
         "prepared": ("jax", dict(prepare={})),
         "PEFT": ("peft", {}),
-        "PEFT, checkpointed": ("peft", dict(checkpoint=True)),
+        "prepared on torch": ("torch", dict(prepare=dict(capture=True))),
     },
     {
         "prepared, remat dots": ("jax", dict(prepare=dict(remat="dots"))),
         "prepared, remat full": ("jax", dict(prepare=dict(remat="full"))),
-        "adapted": ("jax", {}),
+        "PEFT, checkpointed": ("peft", dict(checkpoint=True)),
+        "prepared, NF4": ("jax", dict(prepare={}, base="nf4")),
+        "prepared, NF4, remat full": (
+            "jax",
+            dict(prepare=dict(remat="full", chunk_size=512), base="nf4"),
+        ),
+        "8B, NF4, remat full": (
+            "jax",
+            dict(prepare=dict(remat="full"), base="nf4", **EIGHT),
+        ),
     },
     {
-        "prepared, attention as it is": (
-            "jax",
-            dict(prepare=dict(attention=None)),
-        ),
         "enable_lora": ("jax", dict(lora="keras")),
+        "adapted": ("jax", {}),
+        "prepared, dropout": (
+            "jax",
+            dict(prepare={}, method=("LoRA", dict(rank=16, dropout=0.1))),
+        ),
+        "prepared, bottleneck": (
+            "jax",
+            dict(prepare={}, method=("BottleneckAdapter", dict(reduction=32))),
+        ),
     },
     {
         "full": ("jax", dict(lora=None)),
         "PEFT, compiled": ("peft", dict(compile=True)),
-        "prepared on torch": ("torch", dict(prepare={})),
+        "prepared, DoRA": (
+            "jax",
+            dict(prepare={}, method=("LoRA", dict(rank=16, decompose=True))),
+        ),
     },
 )
 ROWS = {name: row for group in GROUPS for name, row in group.items()}
@@ -96,12 +117,14 @@ def main():
 def work(options):
     """Measures one row."""
     backend, settings = ROWS[options.job]
-    shape = SMALL if options.small else SHAPE
+    shape = SHAPE | settings
+    if options.small:
+        shape |= SMALL
     if backend == "peft":
         from runs import train_peft as library
     else:
         from runs import train_keras as library
-    found = library.measure(options.results, **shape, **settings)
+    found = library.measure(options.results, **shape)
     speed = shape["rows"] * shape["length"] / found["step"]
     row = dict(row=options.job, backend=backend, tokens_per_s=speed, **found)
     with options.results.open("a") as lines:

@@ -14,6 +14,8 @@ from keras_peft.adapter_state import named
 from keras_peft.adapter_state import read
 from keras_peft.adapter_state import state_of
 from keras_peft.complete_configs import complete_configs
+from keras_peft.layouts import follow
+from keras_peft.layouts import scope_of
 from keras_peft.patterns import lies_in
 
 
@@ -129,8 +131,10 @@ def install(model, name, adapter, head, initialize=False, observed=None):
         _check_undivided(model)
     layers = layer_tree.layers_by_path(model)
     adapted = {path: layers[path] for path in adapter.paths}
-    created = adapter.method.create_all(adapted, name)
+    with scope_of(model):
+        created = adapter.method.create_all(adapted, name)
     for path, leaf in created.items():
+        follow(layers[path], leaf)
         if initialize:
             leaf.start((observed or {}).get(path))
         else:

@@ -32,6 +32,7 @@ from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.method import Method
 from keras_peft.patterns import nearest
+from keras_peft.processes import writes_files
 
 SETTINGS = "adapter.json"
 TENSORS = "adapter.safetensors"
@@ -48,7 +49,8 @@ def save_adapter(
     """Writes an adapter and its head to `folder`.
 
     The folder appears whole or not at all; an older one there is replaced. It
-    holds kilobytes to megabytes: no weight of the base.
+    holds kilobytes to megabytes: no weight of the base. Of several processes
+    that train a model together, the first one writes.
 
     Args:
         model: An adapted model.
@@ -68,6 +70,8 @@ def save_adapter(
             f"`format` must be 'keras' or 'peft'. Received: format={format!r}"
         )
     adapter_state.named(model, name)
+    if not writes_files(model):
+        return
     write = peft_folder.write if format == "peft" else write_adapter
     with whole_folder(folder) as staging:
         write(model, staging, name)

@@ -12,6 +12,7 @@ from keras_peft import adapter_state
 from keras_peft import layer_tree
 from keras_peft.files import existing_folder
 from keras_peft.files import whole_folder
+from keras_peft.processes import writes_files
 
 _STATE = "training.safetensors"
 _PROGRESS = "training.json"
@@ -29,7 +30,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
     by itself has to do so by the epoch, or not at all.
 
     The folder is an adapter folder, which `keras_peft.load_adapter` reads,
-    and is replaced as a whole.
+    and is replaced as a whole. Of several processes that train a model
+    together, the first one writes and all of them resume.
 
     Args:
         folder: Path of the folder.
@@ -96,6 +98,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     def _save(self, epoch, batch):
         self.unsaved = 0
+        if not writes_files(self.model):
+            return
         progress = {"epoch": epoch, "batch": batch, "seed": self.seed}
         state = {
             key: keras.ops.convert_to_numpy(variable)

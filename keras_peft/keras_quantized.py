@@ -67,6 +67,7 @@ class QuantizedKernel(PackedKernel):
             "_dtype": layer.variable_dtype,
             "_regularizer": layer.kernel_regularizer,
             "_constraint": layer.kernel_constraint,
+            "_layout": None,
             "_trainable": True,
         }
         vars(self).update(self.plain_state, _trainable=False)

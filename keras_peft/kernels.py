@@ -70,6 +70,13 @@ class DenseKernel:
     def from_matrix(self, matrix):
         return matrix.reshape(self.variable.shape)
 
+    def split_axes(self, axes):
+        """`(of the inputs, of the outputs)` of one entry per kernel axis.
+
+        An entry is the name of an axis of a device mesh, or `None`.
+        """
+        return _leading(axes[:-1]), axes[-1]
+
     def down(self, inputs, a):
         """`inputs @ a`, for `a` of shape `(inputs, rank)`."""
         return _matmul(inputs, a)
@@ -153,6 +160,14 @@ class DenseKernel:
         return ops.subtract(outputs, ops.cast(self.bias, outputs.dtype))
 
 
+def _leading(axes):
+    """The entry of several axes that become one.
+
+    Parts of an axis behind the first do not stay together.
+    """
+    return None if any(axes[1:]) else axes[0]
+
+
 def _matmul(inputs, matrix):
     """`inputs @ matrix`, with all tokens on one axis.
 
@@ -207,6 +222,11 @@ class EinsumKernel(DenseKernel):
     def from_matrix(self, matrix):
         shape = self.contracted_shape + self.free_shape
         return matrix.reshape(shape).transpose(self.from_axes)
+
+    def split_axes(self, axes):
+        axes = [axes[i] for i in self.to_axes]
+        count = len(self.contracted)
+        return _leading(axes[:count]), _leading(axes[count:])
 
     def down(self, inputs, a):
         a = ops.reshape(a, (*self.contracted_shape, -1))

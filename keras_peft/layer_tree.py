@@ -146,12 +146,21 @@ def _stable_name(layer, counts):
 
 
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:
-    """What a layer holds itself, without the states of random generators."""
-    variables = layer._trainable_variables + layer._non_trainable_variables
+    """What a layer holds itself, without the states of random generators.
+
+    A kernel that is computed stands for what it is computed from.
+    """
     packed = _packed_variables(layer)
     parts = {id(part) for v in packed for part in v.parts.values()}
-    # One that is computed stands for what it is computed from.
-    variables = [*packed, *(v for v in variables if id(v) not in parts)]
+    return [
+        *packed,
+        *(v for v in stored_variables(layer) if id(v) not in parts),
+    ]
+
+
+def stored_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """The same, as they are in memory."""
+    variables = layer._trainable_variables + layer._non_trainable_variables
     return [v for v in variables if not is_generator(v)]
 
 
@@ -176,22 +185,45 @@ def is_training(layer: keras.Layer) -> bool:
 def this_call() -> Callable[[], contextlib.AbstractContextManager]:
     """Takes down how layers are called now: for training, and in what dtype.
 
-    Within what the returned function gives, they are called so again.
+    So are the segments of the batch. Within what the returned function gives,
+    layers are called so again.
     """
     call = get_global_attribute(_CALL)
+    numbers = segments()
     scope = get_autocast_scope()
 
     @contextlib.contextmanager
     def again():
-        before = get_global_attribute(_CALL)
-        set_global_attribute(_CALL, call)
-        try:
+        with _passing_down(_CALL, call), calling_with_segments(numbers):
             with AutocastScope(scope and scope.dtype):
                 yield
-        finally:
-            set_global_attribute(_CALL, before)
 
     return again
+
+
+def segments() -> Any:
+    """Segment numbers `(batch, tokens)` of the batch being called, or `None`.
+
+    Padding is 0, and the sequences of a row are 1, 2, ...
+    """
+    return get_global_attribute(_SEGMENTS)
+
+
+def calling_with_segments(
+    numbers: Any,
+) -> contextlib.AbstractContextManager[None]:
+    """Within, `segments()` are `numbers`."""
+    return _passing_down(_SEGMENTS, numbers)
+
+
+@contextlib.contextmanager
+def _passing_down(name, value):
+    before = get_global_attribute(name)
+    set_global_attribute(name, value)
+    try:
+        yield
+    finally:
+        set_global_attribute(name, before)
 
 
 def values_of(variables: Sequence[keras.Variable]) -> list[Any]:
@@ -210,6 +242,25 @@ def is_generator(variable: keras.Variable) -> bool:
     return "seed_generator" in variable.path
 
 
+def layout_of(variable: keras.Variable) -> Any:
+    """The layout by which a variable lies on devices, or `None`."""
+    return getattr(variable, "_layout", None)
+
+
+def set_layout(variable: keras.Variable, layout: Any) -> None:
+    """Lays a variable out on devices, now and whenever it is assigned."""
+    variable._layout = layout
+    variable.assign(variable.value)
+
+
+def lay_out(
+    variable: keras.Variable, distribution: keras.distribution.DataParallel
+) -> None:
+    """Lays a variable out as if it was created under `distribution`."""
+    variable._layout = None
+    set_layout(variable, distribution.get_variable_layout(variable))
+
+
 # -- Adapted layers ----------------------------------------------------------
 
 # What a layer does after its kernel. It is taken off the layer while that is
@@ -223,7 +274,10 @@ _MARK = "adapted"
 # Under this name Keras keeps what is passed down through a call.
 _CALL = "current_call_ctx"
 
-# Attribute with the names of methods that an instance answers itself.
+# Under this one we do, for layers that are handed no segment numbers.
+_SEGMENTS = "keras_peft_segments"
+
+# Attribute with `{name: why}` of methods that an instance answers itself.
 _REPLACED = "replaced_methods"
 
 
@@ -544,15 +598,25 @@ def replace_child(parent: keras.Layer, name: str, layer: keras.Layer) -> None:
             parent._tracker.untrack(old)
 
 
-def replace_method(target: keras.Layer, name: str, method: Callable) -> None:
+def replace_method(
+    target: keras.Layer, name: str, method: Callable, why: str = ""
+) -> None:
     """Lets `method(target, ...)` answer in the place of a method of its class.
 
     The class stays, so that adapters come and go and files are written as
-    before. `method_of_class` is what it was.
+    before. `method_of_class` is what it was. `why` is shown to users.
     """
     set_plain(target, name, functools.partial(method, target))
-    replaced = vars(target).get(_REPLACED, ())
-    set_plain(target, _REPLACED, {*replaced, name})
+    replaced = vars(target).get(_REPLACED, {})
+    set_plain(target, _REPLACED, {**replaced, name: why})
+
+
+def reasons(model: keras.Layer) -> dict[str, int]:
+    """`{why: number of layers}` of what was replaced in `model`."""
+    layers = [model, *(layer for _, layer in walk(model))]
+    found = [{*vars(layer).get(_REPLACED, {}).values()} for layer in layers]
+    whys = sorted({why for each in found for why in each} - {""})
+    return {why: sum(why in each for each in found) for why in whys}
 
 
 def restore_methods(target: keras.Layer) -> set[str]:
@@ -562,6 +626,28 @@ def restore_methods(target: keras.Layer) -> set[str]:
         for name in (*replaced, _REPLACED):
             object.__delattr__(target, name)
     return replaced
+
+
+@contextlib.contextmanager
+def replacing_for_now(targets: Sequence[keras.Layer]) -> Iterator[None]:
+    """Within, methods may be replaced; afterwards they are as before."""
+    before = []
+    for target in targets:
+        own = vars(target)
+        names = (*own[_REPLACED], _REPLACED) if _REPLACED in own else ()
+        before.append({name: own[name] for name in names})
+    try:
+        yield
+    finally:
+        for target, replaced in zip(targets, before, strict=True):
+            restore_methods(target)
+            for name, value in replaced.items():
+                set_plain(target, name, value)
+
+
+def is_replaced(target: keras.Layer, name: str) -> bool:
+    """Whether `replace_method` hides a method of `target`."""
+    return name in vars(target).get(_REPLACED, ())
 
 
 def method_of_class(target: keras.Layer, name: str) -> Callable:

@@ -1,11 +1,14 @@
 """A table of what is adapted."""
 
+import collections
 import math
 from collections.abc import Callable
 
 import keras
 
 from keras_peft import adapter_state
+from keras_peft import base_format
+from keras_peft import layer_tree
 
 
 def summary(
@@ -15,6 +18,8 @@ def summary(
 
     Columns: the layer's path, the adapter's name (`*` while it is active) and
     method, its rank, its parameters, how many of them train, and its bytes.
+    Below: the totals, the format of a base in 4 or 8 bits, and what
+    `keras_peft.training` has put on the model.
 
     Args:
         model: An adapted model.
@@ -45,7 +50,8 @@ def summary(
     console = Console(width=1000)
     with console.capture() as capture:
         console.print(table)
-        console.print(_totals(model))
+        for line in (_totals(model), *_base(model), *_training(model)):
+            console.print(line)
     print_fn(capture.get())
 
 
@@ -65,6 +71,17 @@ def _totals(model):
         _count(model.variables),
     )
     return f"Trainable: {trainable:,} of {total:,} ({trainable / total:.2%})"
+
+
+def _base(model):
+    formats = collections.Counter(base_format.formats(model).values())
+    for form, count in formats.items():
+        yield f"Base: kernels of {count} layers in {form}"
+
+
+def _training(model):
+    for why, count in layer_tree.reasons(model).items():
+        yield f"Training: {why}" + (f", {count} layers" if count > 1 else "")
 
 
 def _count(variables):

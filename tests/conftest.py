@@ -32,6 +32,7 @@ MOVED = {
     "test_prompts.py",
     "test_raw_weights.py",
     "test_training_chunked_loss.py",
+    "test_training_packing.py",
     "test_training_rematerialize.py",
 }
 

@@ -243,7 +243,7 @@ def test_a_model_loads_into_four_bits(tmp_path):
     assert not base_format.formats(tiny())
 
 
-def test_removing_leaves_the_rounded_base():
+def test_removing_leaves_the_rounded_base(tmp_path):
     model = tiny()
     keras_peft.adapt(model, METHODS["LoRA"], base="nf4")
     fresh = outputs_of(model)
@@ -253,7 +253,7 @@ def test_removing_leaves_the_rounded_base():
     keras_peft.adapt(model, METHODS["DoRA"])
     assert np.allclose(outputs_of(model), fresh, atol=1e-5)
     with pytest.raises(ValueError, match="in nf4"):
-        keras_peft.remove(model).save("never.keras")
+        keras_peft.remove(model).save(tmp_path / "never.keras")
 
 
 def test_no_kernel_and_no_gradient_of_one_is_kept():
@@ -282,6 +282,27 @@ def test_no_kernel_and_no_gradient_of_one_is_kept():
     kept = [shape for shape, is_float in sizes if is_float]
     assert kept
     assert not [shape for shape in kept if shape in kernels_of | flat]
+
+
+def test_summary_says_how_a_model_trains():
+    import keras_hub
+    from backbones import BACKBONES
+
+    backbone = BACKBONES["llama"].build(hidden_dim=64, num_query_heads=1)
+    model = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+    keras_peft.adapt(model, METHODS["LoRA"], base="int8")
+    keras_peft.training.prepare(model, remat="full", packing=True)
+    lines = []
+    keras_peft.summary(model, print_fn=lines.append)
+    text = "\n".join(lines)
+    assert f"Base: kernels of {len(base_format.formats(model))} layers" in text
+    assert "Training: loss in chunks of 1024 tokens\n" in text
+    assert "computed again in the backward pass ('full'), 2 layers" in text
+    assert "sequences of a row kept apart" in text
+    keras_peft.training.restore(model)
+    lines.clear()
+    keras_peft.summary(model, print_fn=lines.append)
+    assert "Training" not in lines[0]
 
 
 class TestErrors:

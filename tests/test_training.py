@@ -304,3 +304,29 @@ def test_training_after_a_merge_is_plain_keras():
     assert len(model.trainable_variables) == 4
     losses = fit(model, "functional", epochs=3)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slice
+@pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
+def test_a_small_change_is_not_rounded_into_a_kernel(policy):
+    """What is added to the outputs is the change, to 8 bits of its own."""
+    rng = np.random.default_rng(0)
+    model = keras.Sequential(
+        [keras.Input((256,)), keras.layers.Dense(192, dtype=policy)]
+    )
+    keras_peft.adapt(model, keras_peft.LoRA(rank=8))
+    (leaf,) = adapter_state.leaves(model, "default").values()
+    kernel = leaf.kernel.read()
+    b = rng.normal(size=leaf.lora_kernel_b.shape)
+    a = keras.ops.convert_to_numpy(leaf.lora_kernel_a)
+    b *= 1e-3 * np.linalg.norm(kernel) / np.linalg.norm(a @ b)
+    leaf.lora_kernel_b.assign(b)
+    units = keras.ops.eye(256, dtype="bfloat16")
+    change = leaf(
+        units, keras.ops.matmul(units, keras.ops.cast(kernel, "bfloat16"))
+    )
+    change = keras.ops.convert_to_numpy(keras.ops.cast(change, "float32"))
+    # Three roundings to bfloat16, of 2**-9 at most and half of that on average:
+    # A, B and the product. In a sum with the kernel, 0.8 of it would be lost.
+    error = np.linalg.norm(change - a @ b) / np.linalg.norm(a @ b)
+    assert error < 3 * 2.0**-9

@@ -26,8 +26,13 @@ PROJECTIONS = (
 )
 
 
-def measure(path, rows, length, vocabulary, prepare=None, **settings):
-    """`{"step": seconds, "first_step": seconds, "peak_gib": ...}`."""
+def measure(
+    path, rows, length, vocabulary, prepare=None, processes=1, **settings
+):
+    """`{"step": seconds, "first_step": seconds, "peak_gib": ...}`.
+
+    `rows` are those of all GPUs together.
+    """
     losses = []
 
     def train(steps):
@@ -35,12 +40,14 @@ def measure(path, rows, length, vocabulary, prepare=None, **settings):
 
     with device(path):
         model = build(vocabulary, prepare, **settings)
+        if processes > 1:
+            keras_peft.training.data_parallel(model)
         arrays = batches(rows, length, vocabulary)
+        reset_peak()
         start = time.perf_counter()
         train(1)
         first = time.perf_counter() - start
         train(WARM)
-    reset_peak()
     times = seconds_per_step(path, train)
     peak = peak_bytes() or 0
     return dict(

@@ -35,6 +35,8 @@ class Adapter(keras.Layer):
     exclusive = False
     # A class to be mixed into the layer's, where its `call` is not all.
     mixin: type | None = None
+    # Whether what happens to a token depends on its position in the row.
+    counts_positions = False
     # How many of a text model's positions it takes while it is present.
     positions = 0
     # A factor on the effect for each row of a batch, or `None`.

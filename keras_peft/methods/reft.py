@@ -102,6 +102,8 @@ class ReFT(OfBlocks, Method):
 class ReFTLayer(BlockAdapter):
     """The edit of one block's outputs."""
 
+    counts_positions = True
+
     def __init__(self, method, layer, shapes, name):
         self.prefix = method.prefix_positions
         self.suffix = method.suffix_positions

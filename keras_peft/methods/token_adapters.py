@@ -21,6 +21,7 @@ class TokenAdapter(CallAdapter):
 
     structural = True
     exclusive = True
+    counts_positions = True
 
     def __init__(self, layer, shapes, name, tokens=None):
         self.tokens = tokens

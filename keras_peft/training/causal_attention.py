@@ -5,6 +5,7 @@ import keras
 from keras_peft import layer_tree
 from keras_peft.replacing import replaced
 from keras_peft.training.attention_forms import attend
+from keras_peft.training.attention_forms import is_on_gpu
 from keras_peft.training.attention_forms import may_be_causal
 from keras_peft.training.model_blocks import layers_and_blocks
 
@@ -41,8 +42,10 @@ def causal_attention(model: keras.Model) -> keras.Model:
     >>> keras_peft.training.causal_attention(causal_lm)
     >>> causal_lm.fit(inputs, targets)
     """
+    kernel = "cuDNN's kernel for half precision" if is_on_gpu() else "XLA"
+    why = f"causal attention without a mask, by {kernel}"
     for layer in attentions_of(model):
-        layer_tree.replace_method(layer, "call", _call)
+        layer_tree.replace_method(layer, "call", _call, why)
     layer_tree.forget_compiled(model, optimizer=False)
     return model
 

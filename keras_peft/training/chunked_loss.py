@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_peft import layer_tree
 from keras_peft.training import chunks
+from keras_peft.training.gathering import gathered
 from keras_peft.training.head import SplitModel
 from keras_peft.training.head import split_model
 
@@ -41,8 +42,8 @@ def chunk_loss(model: keras.Model, chunk_size: int = 1024) -> keras.Model:
         model: A functional model that ends with a `Dense` layer or a reversed
             embedding, soft-capped or not: most causal language models of
             keras-hub. Adapted or not.
-        chunk_size: Positive integer. Tokens whose logits exist at once. 1024
-            is enough to keep a GPU busy.
+        chunk_size: Positive integer. Tokens whose logits exist at once, on
+            each device. 1024 is enough to keep a GPU busy.
 
     Returns:
         `model`.
@@ -58,8 +59,9 @@ def chunk_loss(model: keras.Model, chunk_size: int = 1024) -> keras.Model:
     >>> causal_lm.fit(inputs, targets)
     """
     chunked = _ChunkedLoss(checked_split(model, chunk_size), chunk_size)
+    why = f"loss in chunks of {chunk_size} tokens"
     for name in ("call", "compute_loss", "compute_metrics"):
-        layer_tree.replace_method(model, name, getattr(chunked, name))
+        layer_tree.replace_method(model, name, getattr(chunked, name), why)
     for name in ("train_step", "test_step"):
         step = functools.partial(chunked.step, name)
         layer_tree.replace_method(model, name, step)
@@ -169,15 +171,15 @@ class _ChunkedLoss:
         variables = self.split.head.trainable_variables if training else []
         frozen = functools.partial(function, [])
         arrays = ops.reshape(hidden, (-1, hidden.shape[-1])), others
-        if variables:
-            values = layer_tree.values_of(variables)
-            numbers = chunks.recomputed(
-                function, *arrays, values, self.chunk_size
-            )
-        elif training:
-            numbers = chunks.differentiable(frozen, *arrays, self.chunk_size)
-        else:
-            numbers = chunks.plain(frozen, *arrays, self.chunk_size)
+        size = self.chunk_size
+        with gathered(self.split.head):  # Once, and not for every chunk.
+            if variables:
+                values = layer_tree.values_of(variables)
+                numbers = chunks.recomputed(function, *arrays, values, size)
+            elif training:
+                numbers = chunks.differentiable(frozen, *arrays, size)
+            else:
+                numbers = chunks.plain(frozen, *arrays, size)
         losses, valid, *means = (ops.reshape(n, shape) for n in numbers)
         return _Tokens(
             losses,

@@ -140,32 +140,51 @@ def mapped(
         function: Takes one chunk of every array; returns a list of arrays
             with as many rows, of `dtypes`.
         arrays: Have the same number of rows.
-        chunk_size: The most rows of a chunk.
+        chunk_size: The most rows of a chunk, on each device.
         dtypes: Dtypes of what `function` returns.
     """
     backend = keras.config.backend()
     if backend == "torch":
         return _torch_loop(function, arrays, chunk_size)
-    count = ops.shape(arrays[0])[0]
+    shares = _shares()
+    count = ops.shape(arrays[0])[0] // shares
     if isinstance(count, int) and count <= chunk_size:
         return list(function(*arrays))
     # As even as possible: rows that fill up the last chunk are computed too.
     chunks = -(-count // chunk_size)
     size = -(-count // chunks)
-    split = [_split(array, chunks, size, count) for array in arrays]
+    shape = (shares, chunks, size)
+    split = [_split(array, shape, count) for array in arrays]
     loop = _jax_loop if backend == "jax" else _tensorflow_loop
     results = loop(function, split, dtypes)
-    return [
-        ops.reshape(result, (chunks * size, *result.shape[2:]))[:count]
-        for result in results
-    ]
+    return [_joined(result, shape, count) for result in results]
 
 
-def _split(array, chunks, size, count):
+def _shares():
+    """How many devices share a batch: every chunk has rows of them all."""
+    distribution = keras.distribution.distribution()
+    return 1 if distribution is None else distribution.num_model_replicas
+
+
+def _split(array, shape, count):
+    """`(rows, ...)` as `(chunks, rows of all shares, ...)`."""
+    shares, chunks, size = shape
     rest = array.shape[1:]
-    filling = ops.zeros((chunks * size - count, *rest), array.dtype)
-    array = ops.concatenate([array, filling], axis=0)
-    return ops.reshape(array, (chunks, size, *rest))
+    array = ops.reshape(array, (shares, count, *rest))
+    filling = ops.zeros((shares, chunks * size - count, *rest), array.dtype)
+    array = ops.concatenate([array, filling], axis=1)
+    array = ops.swapaxes(ops.reshape(array, (*shape, *rest)), 0, 1)
+    return ops.reshape(array, (chunks, shares * size, *rest))
+
+
+def _joined(array, shape, count):
+    """Undoes `_split`."""
+    shares, chunks, size = shape
+    rest = array.shape[2:]
+    array = ops.reshape(array, (chunks, shares, size, *rest))
+    array = ops.swapaxes(array, 0, 1)
+    array = ops.reshape(array, (shares, chunks * size, *rest))[:, :count]
+    return ops.reshape(array, (shares * count, *rest))
 
 
 def _torch_loop(function, arrays, chunk_size):

@@ -4,13 +4,20 @@ import keras
 
 from keras_peft import layer_tree
 from keras_peft.blocks import find_blocks
+from keras_peft.processes import is_data_parallel
 from keras_peft.training.attention_forms import is_on_gpu
+from keras_peft.training.capture import capture_steps
+from keras_peft.training.capture import check_capture
 from keras_peft.training.causal_attention import attentions_of
 from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import checked_split
 from keras_peft.training.chunked_loss import chunk_loss
+from keras_peft.training.data_parallel import data_parallel
+from keras_peft.training.gathering import gather_weights
 from keras_peft.training.rematerialize import blocks_of
 from keras_peft.training.rematerialize import rematerialize
+from keras_peft.training.segments import replace_methods
+from keras_peft.training.segments import separable_parts
 
 
 def prepare(
@@ -19,13 +26,17 @@ def prepare(
     remat: str | None = None,
     attention: str | None = "auto",
     chunk_size: int = 1024,
+    packing: bool = False,
+    capture: bool = False,
 ) -> keras.Model:
     """Puts onto `model` what makes training faster and smaller, in place.
 
     Then `compile` and `fit` as ever. Nothing of it is in what is saved, be it
     the model or an adapter; adapters can be added, merged and removed before
     and after. `keras_peft.training.restore` undoes it, and a second call
-    replaces the first.
+    replaces the first. Under `keras_peft.training.FullyShardedDataParallel`,
+    layers also put their kernels together before they compute, so that no
+    activations travel.
 
     Args:
         model: A built model, adapted or not.
@@ -39,6 +50,12 @@ def prepare(
             `"auto"`: `"causal"` on JAX with a GPU, if the model has
             transformer blocks, else `None`.
         chunk_size: Positive integer. Tokens whose logits exist at once.
+        packing: Boolean. Whether the sequences of a row are kept apart, for
+            the rows of `keras_peft.training.pack`
+            (`keras_peft.training.separate_segments`).
+        capture: Boolean. On torch with a GPU, steps are recorded as CUDA
+            graphs (`keras_peft.training.capture_steps`): half of the time,
+            for models without dropout.
 
     Returns:
         `model`.
@@ -74,13 +91,24 @@ def prepare(
         blocks_of(model, remat)
     if attention is not None:
         attentions_of(model)
+    if capture:
+        check_capture(model)
+    parts = separable_parts(model) if packing else None
+    is_parallel = is_data_parallel(model)
     restore(model)
+    gather_weights(model)
+    if is_parallel:
+        data_parallel(model)
+    if parts is not None:
+        replace_methods(parts)
     if attention is not None:
         causal_attention(model)
     if remat is not None:
         rematerialize(model, remat)
     if loss is not None:
         chunk_loss(model, chunk_size)
+    if capture:
+        capture_steps(model)
     return model
 
 

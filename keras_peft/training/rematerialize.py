@@ -1,6 +1,7 @@
 """Blocks whose activations are computed again instead of kept."""
 
 import functools
+import math
 
 import keras
 
@@ -9,6 +10,9 @@ from keras_peft.recompute import recomputed
 from keras_peft.training.model_blocks import layers_and_blocks
 
 _POLICIES = ("full", "dots")
+# A product that sums a sixteenth of what it spans is cheap: that with the
+# second factor of an adapter.
+_THIN = 16
 
 
 def rematerialize(model: keras.Model, policy: str = "full") -> keras.Model:
@@ -46,7 +50,8 @@ def rematerialize(model: keras.Model, policy: str = "full") -> keras.Model:
     blocks = blocks_of(model, policy)
     method = functools.partial(_call, _full if policy == "full" else _dots)
     for block in blocks:
-        layer_tree.replace_method(block, "call", method)
+        why = f"computed again in the backward pass ({policy!r})"
+        layer_tree.replace_method(block, "call", method, why)
     layer_tree.forget_compiled(model, optimizer=False)
     return model
 
@@ -81,8 +86,7 @@ def _dots(function):
     if keras.config.backend() == "jax":
         import jax
 
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(function, policy=kept)
+        return jax.checkpoint(function, policy=_keeps_on_jax)
     from torch.utils import checkpoint
 
     def contexts():
@@ -96,6 +100,28 @@ def _dots(function):
     )
 
 
+def _keeps_on_jax(operation, *arrays, **settings):
+    import jax
+
+    product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if not product(operation, *arrays, **settings):
+        return False
+    if "dimension_numbers" not in settings:
+        return True
+    summed, _ = settings["dimension_numbers"]
+    return not _is_thin(
+        [
+            (math.prod(array.shape[axis] for axis in axes), array.size)
+            for array, axes in zip(arrays, summed, strict=True)
+        ]
+    )
+
+
+def _is_thin(factors):
+    """Whether the product of two is, given what each sums and its size."""
+    return all(size >= _THIN * summed * summed for summed, size in factors)
+
+
 def _keeps(context, operation, *args, **kwargs):
     from torch.utils.checkpoint import CheckpointPolicy
 
@@ -104,5 +130,9 @@ def _keeps(context, operation, *args, **kwargs):
     # An einsum of a kernel is a batch of one.
     single = name == "aten::bmm" and args[0].shape[0] == 1
     if matrices or single:
-        return CheckpointPolicy.MUST_SAVE
+        left, right = args[-2:]
+        summed = left.shape[-1]
+        factors = [(summed, left.numel()), (summed, right.numel())]
+        if not _is_thin(factors):
+            return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
