@@ -11,6 +11,7 @@ import keras
 from keras_peft import adapted_model
 from keras_peft import adapter_state
 from keras_peft import base_format
+from keras_peft import keras_quantized
 from keras_peft import layer_tree
 from keras_peft.adapter_state import NamedAdapter
 from keras_peft.calibration import observe
@@ -45,6 +46,10 @@ def adapt(
 
     With several adapters the newest is the active one; `set_adapter` chooses.
 
+    A model that Keras quantized with GPTQ or AWQ is a base as it is: it keeps
+    its integers, `merge` gives plain kernels in its floating-point dtype, and
+    `remove` the quantized model again.
+
     Args:
         model: Any built Keras model, a keras-hub backbone or task included.
         method: Settings of a method, such as `keras_peft.LoRA(rank=8)`.
@@ -73,8 +78,9 @@ def adapt(
         base: `"nf4"`, `"int4"` or `"int8"`: the kernels of the frozen base
             are rounded to 4 or 8 bits, in blocks of 64, and computed again
             wherever they are needed, so that a model takes a quarter or half
-            of the memory. `Dense` and `EinsumDense` layers of 64 inputs and
-            outputs or more, adapted or not, outside the head. `"nf4"` fits
+            of the memory. `Dense` and `EinsumDense` layers, and banks of
+            experts, of 64 inputs and outputs or more, adapted or not, outside
+            the head. `"nf4"` fits
             kernels best in 4 bits
             ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)).
             `merge` gives the model kernels in its dtype again; `remove` leaves
@@ -101,34 +107,37 @@ def adapt(
     >>> classifier.fit(sentences, labels)
     """
     _check_arguments(model, method, name)
-    if quantize_aware is not None:
-        _check_one_rounding(model, base, quantize_aware)
-        method = aware(method, quantize_aware)
-    _check_calibration(method, calibration)
-    head = _head_of(model, head)
-    candidates = Candidates(model, head, method.accepts)
-    if targets is None:
-        paths = method.default_targets(candidates)
-        if not paths:
-            raise ValueError(no_match(candidates, [], targets))
-    else:
-        paths = select(candidates, targets)
-    norms = _norms_of_head(model, head, paths, batch_norm)
-    method = method.for_layers(candidates, paths)
-    _check_patterns(candidates, method, paths)
-    layers = layer_tree.layers_by_path(model)
-    adapted = {path: layers[path] for path in paths}
-    check_layers(adapted, method)
-    observed = None
-    if method.calibrated:
-        observed = observe(model, adapted, calibration, method.observes)
-    head = [h for h in head if not any(lies_in(path, [h]) for path in paths)]
-    head += norms
-    formats = base_format.formats_to_take(model, base, head)
-    adapter = NamedAdapter(method, paths)
-    with base_format.packed(model, formats):
-        adapted_model.install(model, name, adapter, head, True, observed)
-    adapted_model.activate(model, {name: 1.0})
+    with base_format.quantized_taken(model):
+        if quantize_aware is not None:
+            _check_one_rounding(model, base, quantize_aware)
+            method = aware(method, quantize_aware)
+        _check_calibration(method, calibration)
+        head = _head_of(model, head)
+        candidates = Candidates(model, head, method.accepts)
+        if targets is None:
+            paths = method.default_targets(candidates)
+            if not paths:
+                raise ValueError(no_match(candidates, [], targets))
+        else:
+            paths = select(candidates, targets)
+        norms = _norms_of_head(model, head, paths, batch_norm)
+        method = method.for_layers(candidates, paths)
+        _check_patterns(candidates, method, paths)
+        layers = layer_tree.layers_by_path(model)
+        adapted = {path: layers[path] for path in paths}
+        check_layers(adapted, method)
+        observed = None
+        if method.calibrated:
+            observed = observe(model, adapted, calibration, method.observes)
+        head = [
+            h for h in head if not any(lies_in(path, [h]) for path in paths)
+        ]
+        head += norms
+        formats = base_format.formats_to_take(model, base, head)
+        adapter = NamedAdapter(method, paths)
+        with base_format.packed(model, formats):
+            adapted_model.install(model, name, adapter, head, True, observed)
+        adapted_model.activate(model, {name: 1.0})
     warn_of_tokenizer(model)
     return model
 
@@ -284,10 +293,16 @@ def _objection(layer, method):
     if not method.accepts(layer):
         kind = layer_tree.base_class(layer).__name__
         return f"a {kind} cannot carry {type(method).__name__}"
-    if getattr(layer, "quantization_mode", None):
+    mode = getattr(layer, "quantization_mode", None)
+    if mode in keras_quantized.MODES:
         return (
-            f"its kernel is quantized ({layer.quantization_mode}); adapt the "
-            "float model, merge, and quantize on export"
+            f"its {mode} was not calibrated; leave it out with the `filters` "
+            "of `model.quantize`, or make it part of a calibrated block"
+        )
+    if mode:
+        return (
+            f"Keras quantized it, and what it is called on ({mode}); adapt "
+            "the float model with `base='int8'`, or merge, then quantize"
         )
     if getattr(layer, "lora_enabled", False):
         return "Keras' own LoRA is enabled on it"

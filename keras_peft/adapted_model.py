@@ -202,6 +202,7 @@ def uninstall(model, name):
     state.adapters.pop(name)
     if not state.adapters:
         _become_plain(model)
+        base_format.give_back(model)
     return taken
 
 

@@ -184,6 +184,12 @@ def load_adapter(
             f"`base` must be 'as_trained' or None. Received: base={base!r}"
         )
     folder = existing_folder(folder)
+    with base_format.quantized_taken(model):
+        _load(model, folder, name, trainable, base)
+    return model
+
+
+def _load(model, folder, name, trainable, base):
     formats = {}
     if peft_files.is_peft_folder(folder):
         found = peft_folder.read(model, folder)
@@ -205,7 +211,6 @@ def load_adapter(
     model.peft.adapters[name].trainable = trainable
     _assign(model, name, tensors)
     adapted_model.activate(model, {name: 1.0})
-    return model
 
 
 def _has_adapter(model, name):

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 
 import keras
 
+from keras_peft import keras_quantized
 from keras_peft import layer_tree
+from keras_peft import packed_bank
 from keras_peft import packed_kernel
+from keras_peft.packed_kernel import PackedKernel
 from keras_peft.packed_kernel import formats
 from keras_peft.patterns import lies_in
 from keras_peft.quantized import FORMATS
@@ -24,8 +27,10 @@ def quantized_base(base: str) -> Iterator[None]:
     in 16 bits. `keras_peft.adapt` adds adapters to it afterwards, with no need
     of `base`, and `keras_peft.merge` gives it kernels in its dtype again.
 
-    What is quantized are `Dense` and `EinsumDense` layers of 64 inputs and
-    outputs or more: make a head that is to train outside of the block.
+    What is quantized are `Dense` and `EinsumDense` layers, and banks of
+    experts, of 64 inputs and outputs or more: make a head that is to train
+    outside of the block. A bank is in floating point while it is built, one
+    at a time.
 
     Args:
         base: `"nf4"`, `"int4"` or `"int8"`, as in `keras_peft.adapt`.
@@ -44,6 +49,7 @@ def quantized_base(base: str) -> Iterator[None]:
         for kind in kinds:
             build = _build(kind.build, FORMATS[base])
             stack.enter_context(replaced(kind, build=build))
+        stack.enter_context(layer_tree.after_build(_pack_bank(FORMATS[base])))
         yield
 
 
@@ -60,6 +66,14 @@ def _build(build, form):
             packed_kernel.pack(layer, form, empty=True)
 
     return build_packed
+
+
+def _pack_bank(form):
+    def pack(layer):
+        if packed_bank.can_pack(layer):
+            packed_bank.pack(layer, form, empty=True)
+
+    return pack
 
 
 def formats_to_take(
@@ -89,12 +103,21 @@ def formats_to_take(
         for path, layer in layer_tree.walk(model)
         if not lies_in(path, head)
         and path not in found
-        and packed_kernel.can_pack(layer)
+        and (packed_kernel.can_pack(layer) or packed_bank.can_pack(layer))
     ]
+    layers = dict(layer_tree.walk(model))
+    banks = [path for path in paths if packed_bank.can_pack(layers[path])]
+    if adapted := [p for p in banks if layer_tree.is_adapted(layers[p])]:
+        raise ValueError(
+            "Banks of experts carry adapters over kernels in floating point. "
+            "Quantize the base with the first adapter of a model. "
+            f"Received: base={base!r}, adapted banks {adapted}"
+        )
     if not paths and not found:
         raise ValueError(
             "The base has no kernel to quantize: a `Dense` or `EinsumDense` "
-            "layer with 64 inputs and outputs or more, outside the head. "
+            "layer, or a bank of experts, with 64 inputs and outputs or more, "
+            "outside the head. "
             f"Leave `base` out. Received: base={base!r}, head={head}"
         )
     return dict.fromkeys(paths, base)
@@ -111,32 +134,68 @@ def packed(model: keras.Model, chosen: Mapping[str, str]) -> Iterator[None]:
     done = []
     try:
         for path, base in chosen.items():
-            packed_kernel.pack(layers[path], FORMATS[base])
+            _pack(layers[path], base)
             done.append(layers[path])
         yield
     except BaseException:
         for layer in done:
-            packed_kernel.unpack(layer, layer._kernel.original)
+            _undo(layer)
         raise
     for layer in done:
-        layer._kernel.original = None
+        for kernel in packed_kernel.packed_kernels(layer):
+            kernel.original = None
 
 
-def unpack(model: keras.Model) -> dict[str, packed_kernel.PackedKernel]:
+def _pack(layer, base):
+    if base in keras_quantized.MODES:
+        keras_quantized.take(layer, base)
+    elif packed_bank.can_pack(layer):
+        packed_bank.pack(layer, FORMATS[base])
+    else:
+        packed_kernel.pack(layer, FORMATS[base])
+
+
+def _undo(layer):
+    if keras_quantized.is_taken(layer):
+        keras_quantized.give_back(layer)
+    else:
+        packed_kernel.unpack(layer, original=True)
+
+
+@contextlib.contextmanager
+def quantized_taken(model: keras.Model) -> Iterator[None]:
+    """Makes what Keras quantized a packed base, for good unless it fails."""
+    with packed(model, keras_quantized.formats(model)):
+        yield
+
+
+def give_back(model: keras.Model) -> None:
+    """Leaves what Keras quantized as Keras has it."""
+    for _, layer in layer_tree.walk(model):
+        if keras_quantized.is_taken(layer):
+            keras_quantized.give_back(layer)
+
+
+def unpack(model: keras.Model) -> dict[str, list[PackedKernel]]:
     """Gives every layer a plain kernel; `{path: packed}` is for `repack`."""
     layer_tree.forget_parameters(model)
     return {
-        path: packed_kernel.unpack(layer)
+        path: _module_of(kernels).unpack(layer)
         for path, layer in list(layer_tree.walk(model))
-        if packed_kernel.is_packed(layer)
+        if (kernels := packed_kernel.packed_kernels(layer))
     }
 
 
 def repack(
-    model: keras.Model, packed: Mapping[str, packed_kernel.PackedKernel]
+    model: keras.Model, packed: Mapping[str, list[PackedKernel]]
 ) -> None:
     """Undoes `unpack`."""
     layers = dict(layer_tree.walk(model))
     layer_tree.forget_parameters(model)
-    for path, kernel in packed.items():
-        packed_kernel.repack(layers[path], kernel)
+    for path, kernels in packed.items():
+        _module_of(kernels).repack(layers[path], kernels)
+
+
+def _module_of(kernels):
+    quantized = isinstance(kernels[0], keras_quantized.QuantizedKernel)
+    return keras_quantized if quantized else packed_kernel

@@ -55,6 +55,10 @@ class DenseKernel:
         """The kernel as a float32 NumPy array of that shape."""
         return self.to_matrix(read(self.variable))
 
+    def read_original(self):
+        """The same of the kernel as it was before it was packed."""
+        return self.to_matrix(read(self.variable.original))
+
     def read_bias(self):
         """The bias as a float32 NumPy array of shape `(outputs,)`."""
         return read(self.bias).reshape(self.outputs)

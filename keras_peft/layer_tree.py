@@ -34,6 +34,7 @@ from keras_peft.methods.adapter import Adapter
 from keras_peft.methods.adapter import CallAdapter
 from keras_peft.methods.adapter import KernelAdapter
 from keras_peft.methods.adapter import VariableAdapter
+from keras_peft.replacing import replaced
 
 # Tracked by Keras beside the layers that a user sees.
 _NOT_CHILDREN = (keras.Loss, keras.Metric)
@@ -149,11 +150,12 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
 
     A kernel that is computed stands for what it is computed from.
     """
-    variables = stored_variables(layer)
-    kernel = vars(layer).get("_kernel")
-    if parts := {id(part) for part in getattr(kernel, "parts", {}).values()}:
-        return [kernel, *(v for v in variables if id(v) not in parts)]
-    return variables
+    packed = _packed_variables(layer)
+    parts = {id(part) for v in packed for part in v.parts.values()}
+    return [
+        *packed,
+        *(v for v in stored_variables(layer) if id(v) not in parts),
+    ]
 
 
 def stored_variables(layer: keras.Layer) -> list[keras.Variable]:
@@ -164,7 +166,15 @@ def stored_variables(layer: keras.Layer) -> list[keras.Variable]:
 
 def learned_variables(layer: keras.Layer) -> list[keras.Variable]:
     """Of these, what was made to be trained, frozen or not: no statistics."""
-    return list(layer._trainable_variables)
+    return [*_packed_variables(layer), *layer._trainable_variables]
+
+
+def _packed_variables(layer):
+    return [v for v in vars(layer).values() if _is_packed(v)]
+
+
+def _is_packed(value):
+    return isinstance(value, keras.Variable) and hasattr(value, "parts")
 
 
 def is_training(layer: keras.Layer) -> bool:
@@ -656,12 +666,38 @@ def track(layer: keras.Layer, variable: keras.Variable) -> None:
         layer._track_variable(variable)
 
 
-def track_first(layer: keras.Layer, variable: keras.Variable) -> None:
-    """Adds a variable that is made to be trained, in front of the others."""
+def position_of(layer: keras.Layer, variable: keras.Variable) -> int:
+    """Which of a layer's variables that are made to be trained it is."""
+    return [id(v) for v in layer._trainable_variables].index(id(variable))
+
+
+def track_at(
+    layer: keras.Layer, variable: keras.Variable, position: int
+) -> None:
+    """Adds a variable that is made to be trained, at a position."""
     with unlocked(layer):
         layer._tracker.add_to_store("trainable_variables", variable)
-        layer._trainable_variables.insert(0, layer._trainable_variables.pop())
+        variables = layer._trainable_variables
+        variables.insert(position, variables.pop())
         layer._post_track_variable(variable)
+
+
+def set_quantized(layer: keras.Layer, quantized: bool) -> None:
+    """Says whether Keras quantized a layer: it does not do so twice."""
+    layer._is_quantized = quantized
+
+
+@contextlib.contextmanager
+def after_build(function: Callable[[keras.Layer], None]) -> Iterator[None]:
+    """Within, `function` is called on every layer as soon as it is built."""
+    before = keras.Layer._post_build
+
+    def post_build(layer):
+        before(layer)
+        function(layer)
+
+    with replaced(keras.Layer, _post_build=post_build):
+        yield
 
 
 def forget_parameters(model: keras.Layer) -> None:

@@ -31,7 +31,8 @@ class MergeReport:
         base_errors: `{path: error}` of a base in 4 or 8 bits, adapted or not:
             the norm of what rounding lost when the base was quantized, over
             the norm of the kernel. The adapters were trained over what was
-            left, and that is what they are merged into.
+            left, and that is what they are merged into. By `path.weight` in
+            a bank of experts, and not known of a base that Keras quantized.
     """
 
     errors: dict[str, float]
@@ -53,7 +54,7 @@ class _Merged:
     adapters: dict[str, dict[str, keras.Layer]]
     values: dict[str, list[tuple[keras.Variable, np.ndarray]]]
     digests: dict[str, list[str]]
-    packed: dict[str, PackedKernel]
+    packed: dict[str, list[PackedKernel]]
 
 
 _MERGED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -101,11 +102,20 @@ def merge(model: keras.Model) -> MergeReport:
         base_format.repack(model, packed)
         raise
     dtypes = {path: held[0][0].dtype for path, held in values.items()}
-    base_errors = {path: kernel.error for path, kernel in packed.items()}
+    base_errors = _base_errors(packed)
     adapters = adapted_model.strip(model)
     digests = {path: _digests(held) for path, held in values.items()}
     _MERGED[model] = _Merged(state, adapters, values, digests, packed)
     return MergeReport(errors, dtypes, base_errors)
+
+
+def _base_errors(packed):
+    return {
+        f"{path}.{kernel.name}" if len(kernels) > 1 else path: kernel.error
+        for path, kernels in packed.items()
+        for kernel in kernels
+        if kernel.error is not None
+    }
 
 
 def _check_mergeable(state, layers):
@@ -133,7 +143,7 @@ def _deltas(layer):
     for adapter in layer.adapters.values():
         for variable, change in adapter.deltas():
             if isinstance(variable, PackedKernel):
-                variable = layer._kernel
+                variable = vars(layer)[variable.attribute]
             _, total = changes.get(id(variable), (variable, 0.0))
             changes[id(variable)] = variable, total + change
     return list(changes.values())

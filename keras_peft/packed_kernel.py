@@ -21,7 +21,8 @@ from keras_peft.quantized import BlockFormat
 
 # Evenly spaced numbers of the kernel as it was, which tell bases apart.
 SAMPLES = 4
-_ORIGIN = "origin"
+# The part that holds them.
+ORIGIN = "origin"
 
 
 class PackedKernel(keras.Variable):
@@ -30,8 +31,11 @@ class PackedKernel(keras.Variable):
     `parts` are variables of the layer: those of the format, and `origin`, with
     what is known of the kernel as it was: a few samples of it, and how much
     rounding lost of it, in shares of its norm. `original` is that kernel, as
-    long as it is still there.
+    long as it is still there, and `attribute` where the layer holds it.
     """
+
+    attribute = "_kernel"
+    position = 0
 
     def __init__(self, variable, view, form):
         self.plain_state = vars(variable).copy()
@@ -49,7 +53,7 @@ class PackedKernel(keras.Variable):
         return self.view.as_kernel(matrix)
 
     def _read(self):
-        return [(n, p) for n, p in self.parts.items() if n != _ORIGIN]
+        return [(n, p) for n, p in self.parts.items() if n != ORIGIN]
 
     def _direct_assign(self, value):
         matrix = ops.cast(self.view.as_matrix(value), "float32")
@@ -60,18 +64,23 @@ class PackedKernel(keras.Variable):
         lost = ops.norm(kept - matrix) / (ops.norm(matrix) + 1e-30)
         sampled = samples(value)
         lost = float(ops.convert_to_numpy(lost))
-        self.parts[_ORIGIN].assign([*sampled, lost])
+        self.parts[ORIGIN].assign([*sampled, lost])
+
+    @property
+    def mixins(self) -> tuple[type, ...]:
+        """For the class of the layer."""
+        return (PackedLayer,)
 
     @property
     def samples(self) -> list[float]:
         """What `samples` gave for the kernel as it was."""
-        origin = ops.convert_to_numpy(self.parts[_ORIGIN])
+        origin = ops.convert_to_numpy(self.parts[ORIGIN])
         return [float(v) for v in origin[: min(SAMPLES, np.prod(self.shape))]]
 
     @property
-    def error(self) -> float:
+    def error(self) -> float | None:
         """What rounding lost, over the norm of the kernel."""
-        return float(ops.convert_to_numpy(self.parts[_ORIGIN])[-1])
+        return float(ops.convert_to_numpy(self.parts[ORIGIN])[-1])
 
     def as_variable(self) -> keras.Variable:
         """A plain variable of the same value."""
@@ -162,7 +171,7 @@ class PackedLayer:
 
     def load_own_variables(self, store):
         """From a file of such a layer, or of one with a plain kernel."""
-        if f"kernel_{_ORIGIN}" not in store.keys():
+        if f"kernel_{ORIGIN}" not in store.keys():
             self._kernel.assign(store["0"])
             if self.bias is not None:
                 self.bias.assign(store["1"])
@@ -173,17 +182,28 @@ class PackedLayer:
             self.bias.assign(store["bias"])
 
     def get_config(self):
-        raise ValueError(
-            f"Layer {self.name!r} has its kernel in {self._kernel.form.name}, "
-            "which no plain Keras model can say. Save the adapted model, its "
-            "adapter, or call `keras_peft.merge(model)` first. "
-            f"Received: layer={self.name!r}"
-        )
+        refuse_config(self)
+
+
+def refuse_config(layer: keras.Layer) -> None:
+    """Raises the error of a packed layer that is to be saved as it is."""
+    form = packed_kernels(layer)[0].form.name
+    raise ValueError(
+        f"Layer {layer.name!r} has its kernel in {form}, which no plain Keras "
+        "model can say. Save the adapted model, its adapter, or call "
+        "`keras_peft.merge(model)` first. "
+        f"Received: layer={layer.name!r}"
+    )
 
 
 def is_packed(layer: keras.Layer) -> bool:
-    """Whether a layer's kernel is in 4 or 8 bits of ours."""
-    return isinstance(layer, PackedLayer)
+    """Whether a layer has kernels in 4 or 8 bits."""
+    return bool(packed_kernels(layer))
+
+
+def packed_kernels(layer: keras.Layer) -> list[PackedKernel]:
+    """The kernels of a layer that are in 4 or 8 bits."""
+    return [v for v in vars(layer).values() if isinstance(v, PackedKernel)]
 
 
 def can_pack(layer: keras.Layer) -> bool:
@@ -191,7 +211,8 @@ def can_pack(layer: keras.Layer) -> bool:
 
     Routers and other thin ones weigh little and are sensitive.
     """
-    if not has_kernel(layer) or layer.quantization_mode is not None:
+    quantized = is_packed(layer) or getattr(layer, "quantization_mode", None)
+    if quantized or not has_kernel(layer):
         return False
     cls: Any = layer_tree.base_class(layer)
     kinds = keras.layers.Dense, keras.layers.EinsumDense
@@ -205,22 +226,30 @@ def can_pack(layer: keras.Layer) -> bool:
 def formats(model: keras.Layer) -> dict[str, str]:
     """`{path: format}` of the layers in 4 or 8 bits."""
     return {
-        path: layer._kernel.form.name
+        path: packed[0].form.name
         for path, layer in layer_tree.walk(model)
-        if is_packed(layer)
+        if (packed := packed_kernels(layer))
     }
 
 
 def pack(layer: keras.Layer, form: BlockFormat, empty: bool = False) -> None:
     """Turns a layer's kernel into parts; `empty` ones are to be assigned."""
-    variable = layer._kernel
-    packed = PackedKernel(variable, kernel_of(layer), form)
-    shapes = form.shapes(packed.view.inputs, packed.view.outputs)
-    shapes[_ORIGIN] = (SAMPLES + 1,), "float32", 0
+    packed = PackedKernel(layer._kernel, kernel_of(layer), form)
+    add_parts(layer, packed, "kernel", empty)
+    become_packed(layer, packed)
+
+
+def add_parts(
+    layer: keras.Layer, packed: PackedKernel, prefix: str, empty: bool
+) -> None:
+    """Replaces a layer's variable by the parts of a packed kernel."""
+    variable = packed.original
+    shapes = packed.form.shapes(packed.view.inputs, packed.view.outputs)
+    shapes[ORIGIN] = (SAMPLES + 1,), "float32", 0
     with layer_tree.unlocked(layer):
         for name, (shape, dtype, value) in shapes.items():
             packed.parts[name] = layer.add_weight(
-                name=f"kernel_{name}",
+                name=f"{prefix}_{name}",
                 shape=shape,
                 dtype=dtype,
                 initializer=keras.initializers.Constant(value),
@@ -231,35 +260,38 @@ def pack(layer: keras.Layer, form: BlockFormat, empty: bool = False) -> None:
         packed.original = None
     else:
         packed.assign(variable)
-    _become_packed(layer, packed)
+    layer_tree.untrack(layer, variable)
 
 
-def _become_packed(layer, packed):
-    layer_tree.untrack(layer, layer._kernel)
-    layer_tree.set_plain(layer, "_kernel", packed)
-    layer_tree.mix_in(layer, PackedLayer)
+def become_packed(layer: keras.Layer, *kernels: PackedKernel) -> None:
+    """Lets a layer without kernels compute with packed ones."""
+    for packed in kernels:
+        layer_tree.set_plain(layer, packed.attribute, packed)
+    for mixin in kernels[0].mixins:
+        layer_tree.mix_in(layer, mixin)
 
 
-def unpack(
-    layer: keras.Layer, variable: keras.Variable | None = None
-) -> PackedKernel:
-    """Gives a layer a plain kernel again: `variable`, or what it computes with.
+def unpack(layer: keras.Layer, original: bool = False) -> list[PackedKernel]:
+    """Gives a layer plain kernels again: the `original`, or what is left.
 
-    Returns the packed one, for `repack`.
+    Returns the packed ones, for `repack`.
     """
-    packed = layer._kernel
-    if variable is None:
-        variable = packed.as_variable()
-    for part in packed.parts.values():
-        layer_tree.untrack(layer, part)
-    layer_tree.mix_out(layer, PackedLayer)
-    layer_tree.set_plain(layer, "_kernel", variable)
-    layer_tree.track_first(layer, variable)
-    return packed
+    kernels = packed_kernels(layer)
+    for packed in kernels:
+        plain = packed.original if original else packed.as_variable()
+        for part in packed.parts.values():
+            layer_tree.untrack(layer, part)
+        layer_tree.set_plain(layer, packed.attribute, plain)
+        layer_tree.track_at(layer, plain, packed.position)
+    for mixin in kernels[0].mixins:
+        layer_tree.mix_out(layer, mixin)
+    return kernels
 
 
-def repack(layer: keras.Layer, packed: PackedKernel) -> None:
+def repack(layer: keras.Layer, kernels: list[PackedKernel]) -> None:
     """Undoes `unpack`."""
-    for part in packed.parts.values():
-        layer_tree.track(layer, part)
-    _become_packed(layer, packed)
+    for packed in kernels:
+        for part in packed.parts.values():
+            layer_tree.track(layer, part)
+        layer_tree.untrack(layer, vars(layer)[packed.attribute])
+    become_packed(layer, *kernels)

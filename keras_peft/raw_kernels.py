@@ -25,11 +25,21 @@ _CONVOLUTIONS = (keras.layers.SeparableConv1D, keras.layers.Conv1DTranspose)
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """One matrix; `read()` is its float32 NumPy array."""
+    """One matrix; `read()` is its float32 NumPy array.
+
+    `read_original()` is that from before its `variable` was packed.
+    """
 
     inputs: int
     outputs: int
+    variable: keras.Variable
     read: Callable[[], np.ndarray]
+    read_original: Callable[[], np.ndarray]
+
+    @property
+    def is_packed(self):
+        """Whether it is in 4 or 8 bits."""
+        return _is_packed(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +61,29 @@ class RawKernel:
     outputs: int
     order: tuple[int, ...]
 
+    @property
+    def is_packed(self):
+        """Whether it is in 4 or 8 bits."""
+        return _is_packed(self)
+
     def matrices(self):
         """A `Matrix` for each."""
         # Read but once, and only where a start value needs it.
-        whole = functools.cache(self._read)
+        whole = functools.cache(lambda: self._read(self.variable))
+        before = functools.cache(lambda: self._read(self.variable.original))
         return [
-            Matrix(self.inputs, self.outputs, lambda i=i: whole()[i])
+            Matrix(
+                self.inputs,
+                self.outputs,
+                self.variable,
+                lambda i=i: whole()[i],
+                lambda i=i: before()[i],
+            )
             for i in range(math.prod(self.stack))
         ]
 
-    def _read(self):
-        matrices = read(self.variable).transpose(self.order)
+    def _read(self, variable):
+        matrices = read(variable).transpose(self.order)
         return matrices.reshape(-1, self.inputs, self.outputs)
 
     def from_matrices(self, matrices, xp=np):
@@ -69,6 +91,10 @@ class RawKernel:
         shape = tuple(self.variable.shape[axis] for axis in self.order)
         back = tuple(self.order.index(axis) for axis in range(len(shape)))
         return xp.transpose(xp.reshape(matrices, shape), back)
+
+
+def _is_packed(kernel):
+    return hasattr(kernel.variable, "parts")
 
 
 def is_recurrent(layer: keras.Layer) -> bool:

@@ -209,7 +209,7 @@ def test_adapt_a_second_time_with_another_head():
 def test_adapt_a_quantized_kernel():
     model = build("functional")
     model.quantize("int8")
-    with refused(model, "its kernel is quantized (int8)"):
+    with refused(model, "adapt the float model with `base='int8'`"):
         keras_peft.adapt(model, LoRA(2))
 
 

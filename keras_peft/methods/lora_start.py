@@ -5,7 +5,6 @@ import math
 import numpy as np
 
 from keras_peft.kernels import EmbeddingKernel
-from keras_peft.kernels import read
 from keras_peft.quantized import FORMATS
 
 # These start from a part of the kernel itself.
@@ -59,15 +58,14 @@ def start_values(init, kernel, rank, scale, rng):
 
 def _rounded_off(kernel):
     """What a packed kernel has lost."""
-    original = kernel.variable.original
-    if original is None:
+    if kernel.variable.original is None:
         raise ValueError(
             "`init='loftq'` makes up for what rounding the base lost, which "
             "is known only while it is rounded. Load the model as it is, and "
             "let `keras_peft.adapt(..., base='nf4')` round it. Received: "
             f"kernel {kernel.variable.path!r} in {kernel.variable.form.name}"
         )
-    return kernel.to_matrix(read(original)) - kernel.read()
+    return kernel.read_original() - kernel.read()
 
 
 def _leading_part(matrix, rank, scale):

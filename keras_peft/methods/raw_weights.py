@@ -4,8 +4,8 @@ import numpy as np
 from keras import ops
 
 from keras_peft.methods.adapter import VariableAdapter
-from keras_peft.methods.lora_start import RESIDUAL_INITS
 from keras_peft.methods.lora_start import start_values
+from keras_peft.methods.lora_start import starts_in_kernel
 from keras_peft.raw_kernels import raw_kernels
 
 
@@ -42,7 +42,8 @@ def raw_shapes(method, path, layer):
 
 def _names(kernel, init):
     """`[names of A and B, those of their start if it is subtracted]`."""
-    kinds = ("lora", "start") if init in RESIDUAL_INITS else ("lora",)
+    residual = starts_in_kernel(init, kernel)
+    kinds = ("lora", "start") if residual else ("lora",)
     return [(f"{k}_{kernel.name}_a", f"{k}_{kernel.name}_b") for k in kinds]
 
 

@@ -6,6 +6,7 @@ import math
 import keras
 
 from keras_peft import layer_tree
+from keras_peft.recompute import recomputed
 from keras_peft.training.model_blocks import layers_and_blocks
 
 _POLICIES = ("full", "dots")
@@ -73,62 +74,7 @@ def blocks_of(model: keras.Model, policy: str) -> list[keras.Layer]:
 
 def _call(remat, block, *args, **kwargs):
     original = layer_tree.method_of_class(block, "call")
-    if not layer_tree.is_training(block):
-        return original(*args, **kwargs)
-    tensors, fill = _tensors_of((args, kwargs))
-    masks = [layer_tree.get_keras_mask(tensor) for tensor in tensors]
-    variables, values, closed = _read(block)
-    called = layer_tree.this_call()
-    seen = {}
-
-    # Everything goes in and comes out as an argument, what the block assigns
-    # included: run again, it finds its variables as they were, draws the same
-    # random numbers and assigns nothing.
-    def pure(tensors, values):
-        for tensor, mask in zip(tensors, masks, strict=True):
-            if mask is not None:
-                layer_tree.set_keras_mask(tensor, mask)
-        pairs = [*zip(variables, values, strict=True), *closed]
-        with called(), layer_tree.Contained(pairs) as scope:
-            args, kwargs = fill(tensors)
-            outputs, seen["fill"] = _tensors_of(original(*args, **kwargs))
-        updates = list(scope.updates.values())
-        seen["assigned"] = [variable for variable, _ in updates]
-        return outputs, [value for _, value in updates], scope.losses
-
-    outputs, updates, losses = remat(pure)(tensors, values)
-    for variable, value in zip(seen["assigned"], updates, strict=True):
-        variable.assign(value)
-    if losses:
-        block.add_loss(losses)
-    return seen["fill"](outputs)
-
-
-def _tensors_of(nest):
-    """`(tensors of a nest, function that puts others in their place)`."""
-    leaves = keras.tree.flatten(nest)
-    places = [i for i, leaf in enumerate(leaves) if keras.ops.is_tensor(leaf)]
-
-    def fill(tensors):
-        filled = list(leaves)
-        for place, tensor in zip(places, tensors, strict=True):
-            filled[place] = tensor
-        return keras.tree.pack_sequence_as(nest, filled)
-
-    return [leaves[place] for place in places], fill
-
-
-def _read(block):
-    """`(variables that train or move, their values, [(other, value)])`."""
-    moving = [v for v in block.variables if layer_tree.is_generator(v)]
-    variables = [*block.trainable_variables, *moving]
-    known = {id(variable) for variable in variables}
-    others = [v for v in block.variables if id(v) not in known]
-    # Torch assigns in place.
-    copies = map(keras.ops.copy, layer_tree.values_of(moving))
-    values = [*layer_tree.values_of(block.trainable_variables), *copies]
-    closed = zip(others, layer_tree.values_of(others), strict=True)
-    return variables, values, list(closed)
+    return recomputed(block, original, remat, args, kwargs)
 
 
 def _full(function):
