@@ -142,8 +142,8 @@ def cases():
     for name in METHODS:
         # What methods do is the same over every format.
         for mode in MODES if name == "LoRA" else ["gptq-4"]:
-            marked = (name, mode) in [("LoRA", "gptq-4"), ("LoRA", "awq")]
-            marks = [pytest.mark.slice] if marked else []
+            is_sliced = (name, mode) == ("LoRA", "awq")
+            marks = [pytest.mark.slice] if is_sliced else []
             yield pytest.param(name, mode, marks=marks, id=f"{name}-{mode}")
 
 
@@ -177,8 +177,9 @@ def test_fresh_is_the_base_and_merged_is_trained(name, mode):
     assert np.array_equal(outputs_of(model), base)
 
 
-@pytest.mark.slice
-@pytest.mark.parametrize("mode", ["gptq-4", "awq"])
+@pytest.mark.parametrize(
+    "mode", ["gptq-4", pytest.param("awq", marks=pytest.mark.slice)]
+)
 def test_a_merged_model_is_a_plain_one(mode, tmp_path):
     model = quantized(mode)
     keras_peft.adapt(model, METHODS["LoRA"])
@@ -197,8 +198,9 @@ def test_a_merged_model_is_a_plain_one(mode, tmp_path):
     model.quantize("int8", filters=_is_linear)
 
 
-@pytest.mark.slice
-@pytest.mark.parametrize("mode", ["gptq-4", "awq"])
+@pytest.mark.parametrize(
+    "mode", ["gptq-4", pytest.param("awq", marks=pytest.mark.slice)]
+)
 def test_saved_and_loaded_computes_the_same(mode, tmp_path):
     model = quantized(mode)
     other = loaded_again(model)
