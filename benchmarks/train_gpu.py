@@ -14,13 +14,14 @@ library's allocator reports. `--small` is a few thousand parameters, to try
 this without a GPU.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from runs.rows import options_of
+from runs.rows import write_row
 
 SHAPE = dict(
     vocabulary=128256,
@@ -44,10 +45,8 @@ SMALL = dict(
     rows=2,
     length=64,
 )
-# The shape of Llama 3.1 8B, on one row.
-EIGHT = dict(
-    layers=32, hidden=4096, inner=14336, rows=1, length=2048, tied=False
-)
+# What makes it the shape of Llama 3.1 8B.
+EIGHT = dict(layers=32, hidden=4096, inner=14336, tied=False)
 # `{row: (backend or "peft", settings)}`, by groups whose memory fits together:
 # what JAX has asked for once, it keeps.
 # In the first, one program alone is compiled by XLA.
@@ -68,7 +67,13 @@ GROUPS = (
         ),
         "8B, NF4, remat full": (
             "jax",
-            dict(prepare=dict(remat="full"), base="nf4", **EIGHT),
+            dict(
+                prepare=dict(remat="full"),
+                base="nf4",
+                rows=1,
+                length=2048,
+                **EIGHT,
+            ),
         ),
     },
     {
@@ -96,16 +101,7 @@ ROWS = {name: row for group in GROUPS for name, row in group.items()}
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("command", nargs="?", choices=("run", "table"))
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument(
-        "--results", type=Path, default=Path("build/train_gpu.jsonl")
-    )
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.results.parent.mkdir(exist_ok=True)
+    options = options_of(ROWS, "build/train_gpu.jsonl")
     if options.job:
         work(options)
     elif options.command != "table":
@@ -125,10 +121,7 @@ def work(options):
     else:
         from runs import train_keras as library
     found = library.measure(options.results, **shape)
-    speed = shape["rows"] * shape["length"] / found["step"]
-    row = dict(row=options.job, backend=backend, tokens_per_s=speed, **found)
-    with options.results.open("a") as lines:
-        lines.write(json.dumps(row) + "\n")
+    write_row(options, shape, found, backend=backend)
 
 
 def run(options):

@@ -11,18 +11,18 @@ GPU, times the number of GPUs; memory is the peak of the first GPU. `--small`
 is a few thousand parameters on devices that a processor pretends to have.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+from runs.rows import options_of
+from runs.rows import write_row
+from train_gpu import EIGHT
 from train_gpu import SHAPE
 from train_gpu import SMALL
 
-LARGE = {**SHAPE, "layers": 32, "hidden": 4096, "inner": 14336, "tied": False}
-SHAPES = {"1B": SHAPE, "8B": LARGE}
+SHAPES = {"1B": SHAPE, "8B": SHAPE | EIGHT}
 # `{row: (backend, shape, number of GPUs, distribution, prepare)}`.
 ROWS = {
     "jax": ("jax", "1B", 1, None, {}),
@@ -35,16 +35,7 @@ ROWS = {
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("command", nargs="?", choices=("run", "table"))
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument(
-        "--results", type=Path, default=Path("build/train_gpus.jsonl")
-    )
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.results.parent.mkdir(exist_ok=True)
+    options = options_of(ROWS, "build/train_gpus.jsonl")
     if options.job:
         work(options)
         return
@@ -98,11 +89,8 @@ def work(options):
     found = train_keras.measure(
         locks, **shape, prepare=prepare, processes=processes
     )
-    speed = shape["rows"] * shape["length"] / found["step"]
-    row = dict(row=options.job, gpus=gpus, tokens_per_s=speed, **found)
     if rank == 0:
-        with options.results.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
+        write_row(options, shape, found, gpus=gpus)
 
 
 def start_process():

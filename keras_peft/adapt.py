@@ -114,12 +114,7 @@ def adapt(
         _check_calibration(method, calibration)
         head = _head_of(model, head)
         candidates = Candidates(model, head, method.accepts)
-        if targets is None:
-            paths = method.default_targets(candidates)
-            if not paths:
-                raise ValueError(no_match(candidates, [], targets))
-        else:
-            paths = select(candidates, targets)
+        paths = _paths_of(candidates, method, targets)
         norms = _norms_of_head(model, head, paths, batch_norm)
         method = method.for_layers(candidates, paths)
         _check_patterns(candidates, method, paths)
@@ -129,10 +124,7 @@ def adapt(
         observed = None
         if method.calibrated:
             observed = observe(model, adapted, calibration, method.observes)
-        head = [
-            h for h in head if not any(lies_in(path, [h]) for path in paths)
-        ]
-        head += norms
+        head = [*_without(head, paths), *norms]
         formats = base_format.formats_to_take(model, base, head)
         adapter = NamedAdapter(method, paths)
         with base_format.packed(model, formats):
@@ -179,6 +171,20 @@ def _check_arguments(model, method, name):
                 "merge the model as a whole, or that layer alone. "
                 f"Received: model={model.name!r}"
             )
+
+
+def _paths_of(candidates, method, targets):
+    if targets is not None:
+        return select(candidates, targets)
+    paths = method.default_targets(candidates)
+    if not paths:
+        raise ValueError(no_match(candidates, [], targets))
+    return paths
+
+
+def _without(head, paths):
+    """The layers of the head in which none is adapted."""
+    return [h for h in head if not any(lies_in(path, [h]) for path in paths)]
 
 
 def _check_one_rounding(model, base, quantize_aware):

@@ -52,18 +52,17 @@ class AdaptedModel:
         load = keras.saving.deserialize_keras_object
         model = load(config["base"], custom_objects=custom_objects)
         with base_format.packed(model, config.get("formats", {})):
-            pass
-        for name, adapter in config["adapters"].items():
-            install(
-                model,
-                name,
-                NamedAdapter(
-                    load(adapter["method"]),
-                    adapter["paths"],
-                    adapter["trainable"],
-                ),
-                config["head"],
-            )
+            for name, adapter in config["adapters"].items():
+                install(
+                    model,
+                    name,
+                    NamedAdapter(
+                        load(adapter["method"]),
+                        adapter["paths"],
+                        adapter["trainable"],
+                    ),
+                    config["head"],
+                )
         activate(model, config["active"])
         return model
 

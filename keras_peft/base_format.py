@@ -98,29 +98,27 @@ def formats_to_take(
             f"The base is in {', '.join(others)} already. Leave `base` out. "
             f"Received: base={base!r}"
         )
-    paths = [
-        path
+    layers = {
+        path: layer
         for path, layer in layer_tree.walk(model)
-        if not lies_in(path, head)
-        and path not in found
-        and (packed_kernel.can_pack(layer) or packed_bank.can_pack(layer))
-    ]
-    layers = dict(layer_tree.walk(model))
-    banks = [path for path in paths if packed_bank.can_pack(layers[path])]
+        if not lies_in(path, head) and path not in found
+    }
+    kernels = [p for p, la in layers.items() if packed_kernel.can_pack(la)]
+    banks = [p for p, la in layers.items() if packed_bank.can_pack(la)]
     if adapted := [p for p in banks if layer_tree.is_adapted(layers[p])]:
         raise ValueError(
             "Banks of experts carry adapters over kernels in floating point. "
             "Quantize the base with the first adapter of a model. "
             f"Received: base={base!r}, adapted banks {adapted}"
         )
-    if not paths and not found:
+    if not kernels and not banks and not found:
         raise ValueError(
             "The base has no kernel to quantize: a `Dense` or `EinsumDense` "
             "layer, or a bank of experts, with 64 inputs and outputs or more, "
             "outside the head. "
             f"Leave `base` out. Received: base={base!r}, head={head}"
         )
-    return dict.fromkeys(paths, base)
+    return dict.fromkeys([*kernels, *banks], base)
 
 
 @contextlib.contextmanager
@@ -129,6 +127,9 @@ def packed(model: keras.Model, chosen: Mapping[str, str]) -> Iterator[None]:
 
     Within, the packed kernels know their `original`.
     """
+    if not chosen:
+        yield
+        return
     layers = dict(layer_tree.walk(model))
     layer_tree.forget_parameters(model)
     done = []
@@ -142,7 +143,7 @@ def packed(model: keras.Model, chosen: Mapping[str, str]) -> Iterator[None]:
             _undo(layer)
         raise
     for layer in done:
-        for kernel in packed_kernel.packed_kernels(layer):
+        for kernel in layer_tree.packed_kernels(layer):
             kernel.original = None
 
 
@@ -178,11 +179,16 @@ def give_back(model: keras.Model) -> None:
 
 def unpack(model: keras.Model) -> dict[str, list[PackedKernel]]:
     """Gives every layer a plain kernel; `{path: packed}` is for `repack`."""
-    layer_tree.forget_parameters(model)
+    found = {
+        path: (layer, kernels)
+        for path, layer in layer_tree.walk(model)
+        if (kernels := layer_tree.packed_kernels(layer))
+    }
+    if found:
+        layer_tree.forget_parameters(model)
     return {
         path: _module_of(kernels).unpack(layer)
-        for path, layer in list(layer_tree.walk(model))
-        if (kernels := packed_kernel.packed_kernels(layer))
+        for path, (layer, kernels) in found.items()
     }
 
 
@@ -190,6 +196,8 @@ def repack(
     model: keras.Model, packed: Mapping[str, list[PackedKernel]]
 ) -> None:
     """Undoes `unpack`."""
+    if not packed:
+        return
     layers = dict(layer_tree.walk(model))
     layer_tree.forget_parameters(model)
     for path, kernels in packed.items():

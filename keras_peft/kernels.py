@@ -17,6 +17,11 @@ def read(variable):
     return ops.convert_to_numpy(ops.cast(variable, "float32"))
 
 
+def is_packed(value):
+    """Whether it is a variable in 4 or 8 bits, computed from its `parts`."""
+    return isinstance(value, keras.Variable) and hasattr(value, "parts")
+
+
 class DenseKernel:
     """`Dense`: the kernel is the matrix."""
 
@@ -42,8 +47,8 @@ class DenseKernel:
 
     @property
     def is_packed(self):
-        """Whether the kernel is in 4 or 8 bits of ours."""
-        return hasattr(self.variable, "parts")
+        """Whether the kernel is in 4 or 8 bits."""
+        return is_packed(self.variable)
 
     def times(self, rows):
         """`rows @ matrix`, in the dtype of `rows`."""

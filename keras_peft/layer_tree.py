@@ -30,6 +30,7 @@ from keras.src.utils.naming import to_snake_case
 
 from keras_peft.kernel_reads import mixins_for
 from keras_peft.kernels import has_kernel
+from keras_peft.kernels import is_packed
 from keras_peft.methods.adapter import Adapter
 from keras_peft.methods.adapter import CallAdapter
 from keras_peft.methods.adapter import KernelAdapter
@@ -150,7 +151,7 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
 
     A kernel that is computed stands for what it is computed from.
     """
-    packed = _packed_variables(layer)
+    packed = packed_kernels(layer)
     parts = {id(part) for v in packed for part in v.parts.values()}
     return [
         *packed,
@@ -166,15 +167,12 @@ def stored_variables(layer: keras.Layer) -> list[keras.Variable]:
 
 def learned_variables(layer: keras.Layer) -> list[keras.Variable]:
     """Of these, what was made to be trained, frozen or not: no statistics."""
-    return [*_packed_variables(layer), *layer._trainable_variables]
+    return [*packed_kernels(layer), *layer._trainable_variables]
 
 
-def _packed_variables(layer):
-    return [v for v in vars(layer).values() if _is_packed(v)]
-
-
-def _is_packed(value):
-    return isinstance(value, keras.Variable) and hasattr(value, "parts")
+def packed_kernels(layer: keras.Layer) -> list[Any]:
+    """The kernels of a layer that are in 4 or 8 bits."""
+    return [v for v in vars(layer).values() if is_packed(v)]
 
 
 def is_training(layer: keras.Layer) -> bool:

@@ -101,7 +101,7 @@ class RecomputedBank:
 
 def _stored(layer):
     """`{key in a weights file: variable}` of a packed bank."""
-    kernels = packed_kernel.packed_kernels(layer)
+    kernels = layer_tree.packed_kernels(layer)
     parts = {
         f"{kernel.prefix}_{name}": part
         for kernel in kernels
@@ -111,7 +111,7 @@ def _stored(layer):
 
 
 def _others(layer):
-    packed = {id(v) for v in packed_kernel.packed_kernels(layer)}
+    packed = {id(v) for v in layer_tree.packed_kernels(layer)}
     variables = layer_tree.own_variables(layer)
     return [v for v in variables if id(v) not in packed]
 
@@ -119,14 +119,14 @@ def _others(layer):
 def _plain(layer):
     """The same of the bank as Keras writes it."""
     variables = _others(layer)
-    for kernel in packed_kernel.packed_kernels(layer):
+    for kernel in layer_tree.packed_kernels(layer):
         variables.insert(kernel.position, kernel)
     return {str(i): v for i, v in enumerate(variables)}
 
 
 def can_pack(layer: keras.Layer) -> bool:
     """Whether a layer is a bank of experts that is worth it."""
-    return not packed_kernel.is_packed(layer) and bool(_large(layer))
+    return not layer_tree.packed_kernels(layer) and bool(_large(layer))
 
 
 def _large(layer: keras.Layer) -> list[RawKernel]:

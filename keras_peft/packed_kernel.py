@@ -187,7 +187,7 @@ class PackedLayer:
 
 def refuse_config(layer: keras.Layer) -> None:
     """Raises the error of a packed layer that is to be saved as it is."""
-    form = packed_kernels(layer)[0].form.name
+    form = layer_tree.packed_kernels(layer)[0].form.name
     raise ValueError(
         f"Layer {layer.name!r} has its kernel in {form}, which no plain Keras "
         "model can say. Save the adapted model, its adapter, or call "
@@ -196,22 +196,14 @@ def refuse_config(layer: keras.Layer) -> None:
     )
 
 
-def is_packed(layer: keras.Layer) -> bool:
-    """Whether a layer has kernels in 4 or 8 bits."""
-    return bool(packed_kernels(layer))
-
-
-def packed_kernels(layer: keras.Layer) -> list[PackedKernel]:
-    """The kernels of a layer that are in 4 or 8 bits."""
-    return [v for v in vars(layer).values() if isinstance(v, PackedKernel)]
-
-
 def can_pack(layer: keras.Layer) -> bool:
     """Whether a layer multiplies by a kernel that is worth it.
 
     Routers and other thin ones weigh little and are sensitive.
     """
-    quantized = is_packed(layer) or getattr(layer, "quantization_mode", None)
+    quantized = layer_tree.packed_kernels(layer) or getattr(
+        layer, "quantization_mode", None
+    )
     if quantized or not has_kernel(layer):
         return False
     cls: Any = layer_tree.base_class(layer)
@@ -228,7 +220,7 @@ def formats(model: keras.Layer) -> dict[str, str]:
     return {
         path: packed[0].form.name
         for path, layer in layer_tree.walk(model)
-        if (packed := packed_kernels(layer))
+        if (packed := layer_tree.packed_kernels(layer))
     }
 
 
@@ -276,7 +268,7 @@ def unpack(layer: keras.Layer, original: bool = False) -> list[PackedKernel]:
 
     Returns the packed ones, for `repack`.
     """
-    kernels = packed_kernels(layer)
+    kernels = layer_tree.packed_kernels(layer)
     for packed in kernels:
         plain = packed.original if original else packed.as_variable()
         for part in packed.parts.values():

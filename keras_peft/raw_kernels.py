@@ -16,6 +16,7 @@ import numpy as np
 
 from keras_peft import layer_tree
 from keras_peft.kernels import has_kernel
+from keras_peft.kernels import is_packed
 from keras_peft.kernels import read
 
 _RECURRENT = (keras.layers.RNN, keras.layers.Bidirectional)
@@ -39,7 +40,7 @@ class Matrix:
     @property
     def is_packed(self):
         """Whether it is in 4 or 8 bits."""
-        return _is_packed(self)
+        return is_packed(self.variable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class RawKernel:
     @property
     def is_packed(self):
         """Whether it is in 4 or 8 bits."""
-        return _is_packed(self)
+        return is_packed(self.variable)
 
     def matrices(self):
         """A `Matrix` for each."""
@@ -91,10 +92,6 @@ class RawKernel:
         shape = tuple(self.variable.shape[axis] for axis in self.order)
         back = tuple(self.order.index(axis) for axis in range(len(shape)))
         return xp.transpose(xp.reshape(matrices, shape), back)
-
-
-def _is_packed(kernel):
-    return hasattr(kernel.variable, "parts")
 
 
 def is_recurrent(layer: keras.Layer) -> bool:

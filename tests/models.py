@@ -255,6 +255,24 @@ def outputs(model, name):
     )
 
 
+def draw_biases(model):
+    """Gives biases other values than 0."""
+    rng = np.random.default_rng(1)
+    for variable in model.variables:
+        if variable.name == "bias":
+            variable.assign(rng.normal(size=variable.shape))
+    return model
+
+
+def learn_classes(model, inputs, labels, epochs):
+    model.compile(
+        keras.optimizers.Adam(1e-2),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.fit(inputs, labels, epochs=epochs, verbose=0)
+    return model
+
+
 def fit(model, name, epochs=2, optimizer=None, inputs=None, **kwargs):
     """Trains with plain `fit`, Adam by default; returns the losses."""
     usual, targets = data(name)

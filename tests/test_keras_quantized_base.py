@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 import pytest
+from models import draw_biases
+from models import learn_classes
 
 import keras_peft
 from keras_peft import adapter_state
@@ -42,12 +44,7 @@ def plain(dtype="float32"):
     backbone = keras.Model(inputs, block(hidden), name="backbone")
     inputs = keras.Input((6,), dtype="int32")
     outputs = k.Dense(3, name="logits", dtype=dtype)(backbone(inputs))
-    model = keras.Model(inputs, outputs)
-    rng = np.random.default_rng(1)
-    for variable in model.variables:
-        if variable.name == "bias":
-            variable.assign(rng.normal(size=variable.shape))
-    return model
+    return draw_biases(keras.Model(inputs, outputs))
 
 
 def quantized(name="gptq-4", dtype="float32"):
@@ -103,12 +100,7 @@ def data():
 
 
 def trained(model, steps=3):
-    model.compile(
-        keras.optimizers.Adam(1e-2),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
-    model.fit(*data(), epochs=steps, verbose=0)
-    return model
+    return learn_classes(model, *data(), steps)
 
 
 def outputs_of(model):

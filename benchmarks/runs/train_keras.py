@@ -12,7 +12,7 @@ from runs.steps import WARM
 from runs.steps import seconds_per_step
 
 import keras_peft
-from keras_peft.packed_kernel import is_packed
+from keras_peft import layer_tree
 from keras_peft.training.progress import peak_bytes
 
 PROJECTIONS = (
@@ -104,10 +104,10 @@ def llama(vocabulary, layers, heads, key_heads, hidden, inner, tied=True):
 
 def fill(backbone):
     """Reads random kernels into a base in 4 or 8 bits, as from a file."""
-    for layer in backbone._flatten_layers():
-        if is_packed(layer):
-            shape, draw = layer.kernel.shape, keras.random.normal
-            layer.kernel.assign(draw(shape, stddev=0.02, dtype="bfloat16"))
+    for _, layer in layer_tree.walk(backbone):
+        for kernel in layer_tree.packed_kernels(layer):
+            draw = keras.random.normal
+            kernel.assign(draw(kernel.shape, stddev=0.02, dtype="bfloat16"))
 
 
 def batches(rows, length, vocabulary):
