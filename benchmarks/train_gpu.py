@@ -48,7 +48,7 @@ SMALL = dict(
 # What makes it the shape of Llama 3.1 8B.
 EIGHT = dict(layers=32, hidden=4096, inner=14336, tied=False)
 # `{row: (backend or "peft", settings)}`, by groups whose memory fits together:
-# what JAX has asked for once, it keeps.
+# what a process has asked for once, it keeps.
 # In the first, one program alone is compiled by XLA.
 GROUPS = (
     {
@@ -75,22 +75,26 @@ GROUPS = (
                 **EIGHT,
             ),
         ),
+        "PEFT, NF4, checkpointed": ("peft", dict(checkpoint=True, base="nf4")),
     },
     {
         "enable_lora": ("jax", dict(lora="keras")),
         "adapted": ("jax", {}),
-        "prepared, dropout": (
-            "jax",
-            dict(prepare={}, method=("LoRA", dict(rank=16, dropout=0.1))),
-        ),
         "prepared, bottleneck": (
             "jax",
             dict(prepare={}, method=("BottleneckAdapter", dict(reduction=32))),
         ),
     },
     {
-        "full": ("jax", dict(lora=None)),
+        "prepared, dropout": (
+            "jax",
+            dict(prepare={}, method=("LoRA", dict(rank=16, dropout=0.1))),
+        ),
         "PEFT, compiled": ("peft", dict(compile=True)),
+        "PEFT, NF4": ("peft", dict(base="nf4")),
+    },
+    {
+        "full": ("jax", dict(lora=None)),
         "prepared, DoRA": (
             "jax",
             dict(prepare={}, method=("LoRA", dict(rank=16, decompose=True))),

@@ -90,9 +90,9 @@ class DenseKernel:
         """`hidden @ b` in the layer's output shape, `b` `(rank, outputs)`."""
         return _matmul(hidden, b)
 
-    def low_rank(self, inputs, a, b, scale):
-        """`scale * inputs @ a @ b`: the product `a @ b` is never formed."""
-        return self.up(ops.multiply(self.down(inputs, a), scale), b)
+    def low_rank(self, inputs, a, b):
+        """`inputs @ a @ b`: the product `a @ b` is never formed."""
+        return self.up(self.down(inputs, a), b)
 
     def product(self, inputs, kernel):
         """What the layer computes, bias aside, with `kernel` for its own."""
@@ -430,8 +430,8 @@ class DepthwiseKernel(ConvKernel):
     def columns_share_inputs(self):
         return False
 
-    def low_rank(self, inputs, a, b, scale):
-        kernel = ops.matmul(a * scale, b)
+    def low_rank(self, inputs, a, b):
+        kernel = ops.matmul(a, b)
         return self.product(inputs, ops.reshape(kernel, self.variable.shape))
 
     def product(self, inputs, kernel):
@@ -524,10 +524,10 @@ class EmbeddingKernel(DenseKernel):
 class ReversibleEmbeddingKernel(EmbeddingKernel):
     """`ReversibleEmbedding`: the tied output reads the same matrix."""
 
-    def low_rank_reverse(self, inputs, a, b, scale):
-        """`scale * inputs @ (a @ b).T`, the logits' share of the delta."""
+    def low_rank_reverse(self, inputs, a, b):
+        """`inputs @ (a @ b).T`, the logits' share of the delta."""
         hidden = ops.matmul(inputs, ops.transpose(b))
-        return ops.matmul(ops.multiply(hidden, scale), ops.transpose(a))
+        return ops.matmul(hidden, ops.transpose(a))
 
 
 _KERNELS = (

@@ -42,10 +42,13 @@ def masks():
 
 @pytest.mark.slice
 @on_jax
+@pytest.mark.parametrize("kept", [0, np.inf])
 @pytest.mark.parametrize("name", masks())
-def test_attention_is_that_of_keras_for_every_mask(name):
+def test_attention_is_that_of_keras_for_every_mask(name, kept, monkeypatch):
+    """Whether the backward pass computes again or is given all it needs."""
     import jax
 
+    monkeypatch.setattr(attention_forms, "_KEPT", kept)
     mask, form = masks()[name]
     assert attention_forms.form_of(mask) == form
     rng = np.random.default_rng(0)
@@ -71,6 +74,24 @@ def test_attention_is_that_of_keras_for_every_mask(name):
     for a, b in zip(found, expected, strict=True):
         # Float32: the same sums of a few dozen numbers in another order.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slice
+@on_jax
+@pytest.mark.parametrize("kept, softmaxes", [(0, 6), (np.inf, 3)])
+def test_what_is_kept_is_not_computed_again(kept, softmaxes, monkeypatch):
+    import jax
+
+    monkeypatch.setattr(attention_forms, "_KEPT", kept)
+    mask, _ = masks()["whole rows"]
+    query, key, value = np.ones((3, 2, LENGTH, 4, 8), "float32")
+
+    def total(*arrays):
+        return attention_forms.attend(*arrays, mask, 0.3).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(total))(query, key, value))
+    # One of each form in the forward pass, and again in the backward pass.
+    assert program.count("= exp ") == softmaxes
 
 
 def trained(name, attention, pad):

@@ -67,7 +67,15 @@ def measure(
 
 
 def build(
-    vocabulary, checkpoint, layers, heads, key_heads, hidden, inner, rank
+    vocabulary,
+    checkpoint,
+    layers,
+    heads,
+    key_heads,
+    hidden,
+    inner,
+    rank,
+    base=None,
 ):
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,
@@ -87,6 +95,8 @@ def build(
         model = transformers.LlamaForCausalLM._from_config(
             config, dtype=torch.bfloat16
         )
+    if base:
+        quantize(model, base)
     settings = peft.LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -101,3 +111,25 @@ def build(
         )
         model.enable_input_require_grads()
     return model
+
+
+def quantize(model, base):
+    """Kernels in the 4 bits of bitsandbytes, their scales quantized too."""
+    import bitsandbytes
+
+    for path, layer in list(model.named_modules()):
+        owner, _, name = path.rpartition(".")
+        if name not in PROJECTIONS:
+            continue
+        packed = bitsandbytes.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_type=base,
+        )
+        packed.weight = bitsandbytes.nn.Params4bit(
+            layer.weight.data.cpu(), requires_grad=False, quant_type=base
+        )
+        setattr(model.get_submodule(owner), name, packed.to(DEVICE))
+    model.is_loaded_in_4bit = True

@@ -22,13 +22,13 @@ class FactoredAdapter(KernelAdapter):
     def call(self, inputs, outputs, reverse=False, training=None):
         kernel, dtype = self.kernel, outputs.dtype
         a, b = (ops.cast(factor, dtype) for factor in self.factors())
-        scale = ops.cast(self.strength * self.scale, dtype)
+        # The scale goes into what is small.
+        b = b * ops.cast(self.strength * self.scale, dtype)
         if reverse:
-            inputs = ops.cast(inputs, dtype)
-            return kernel.low_rank_reverse(inputs, a, b, scale)
+            return kernel.low_rank_reverse(ops.cast(inputs, dtype), a, b)
         if not isinstance(kernel, EmbeddingKernel):
             inputs = ops.cast(inputs, dtype)
-        return kernel.low_rank(inputs, a, b, scale)
+        return kernel.low_rank(inputs, a, b)
 
     def kernel_delta(self, kernel):
         a, b = (ops.convert_to_numpy(factor) for factor in self.factors())

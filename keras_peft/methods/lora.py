@@ -297,13 +297,13 @@ class LoRAAdapter(KernelAdapter):
         product = kernel.low_rank_reverse if reverse else kernel.low_rank
         if reverse or not isinstance(kernel, EmbeddingKernel):
             inputs = ops.cast(inputs, dtype)
+        # The scale goes into what is small.
         scale = ops.cast(strength * self.scale, dtype)
 
         def of(a, b):
             b = b if gain is None else b * gain
-            return product(
-                inputs, ops.cast(a, dtype), ops.cast(b, dtype), scale
-            )
+            b = ops.cast(b, dtype) * scale
+            return product(inputs, ops.cast(a, dtype), b)
 
         change = of(self.lora_kernel_a, self.lora_kernel_b)
         if self.residual:

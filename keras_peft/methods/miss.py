@@ -80,7 +80,7 @@ class MiSSAdapter(KernelAdapter):
         if isinstance(kernel, ConvKernel):
             shards = np.arange(kernel.inputs) % self.rank
             a = ops.one_hot(shards, self.rank, dtype=dtype)
-            return kernel.low_rank(inputs, a, block, 1.0)
+            return kernel.low_rank(inputs, a, block)
         return kernel.up(self._gather(kernel.rows(inputs)), block)
 
     def _gather(self, rows):

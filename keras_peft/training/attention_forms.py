@@ -2,6 +2,10 @@
 
 import functools
 
+# The most that may be kept beside inputs and outputs, as a share of the
+# outputs: the sums of a kernel, and not the scores of all pairs of tokens.
+_KEPT = 0.25
+
 
 def may_be_causal(query, key, mask):
     """Whether a mask has the shape of a causal one."""
@@ -15,49 +19,105 @@ def may_be_causal(query, key, mask):
 
 
 def attend(query, key, value, mask, scale):
-    """Attention of JAX arrays, with the backward pass computed from them.
+    """Attention of JAX arrays, differentiated form by form.
 
-    What is kept for it are the inputs, of whichever form is computed: forms
-    would else keep what each of them needs.
+    What is kept for the backward pass are inputs, outputs and the little that
+    a kernel adds to them. JAX would keep all that any of the forms needs.
     """
     import jax
 
-    mask = mask.astype(bool)
     attention_of_jax = functools.partial(
         jax.nn.dot_product_attention,
         scale=scale,
         implementation="cudnn" if _has_kernel(query) else "xla",
     )
-
-    def computing(said):
-        def form(query, key, value, mask):
-            return attention_of_jax(query, key, value, **said(query, mask))
-
-        return form
-
-    def pulling(form):
-        def pull(query, key, value, mask, upstream):
-            masked = functools.partial(form, mask=mask)
-            return jax.vjp(masked, query, key, value)[1](upstream)
-
-        return pull
-
-    forms = [computing(said) for said in _SAID]
-    pulls = [pulling(form) for form in forms]
+    forms = [_Form(attention_of_jax, said) for said in _SAID]
 
     @jax.custom_vjp
     def attention(*arrays):
         return jax.lax.switch(form_of(arrays[-1]), forms, *arrays)
 
     def forward(*arrays):
-        return attention(*arrays), arrays
-
-    def backward(arrays, upstream):
         index = form_of(arrays[-1])
-        return (*jax.lax.switch(index, pulls, *arrays, upstream), None)
+        kept = [jax.eval_shape(form.forward, *arrays)[1] for form in forms]
+        branches = [
+            functools.partial(_forward, forms, number, kept)
+            for number in range(len(forms))
+        ]
+        outputs, kept = jax.lax.switch(index, branches, *arrays)
+        return outputs, (index, arrays, outputs, kept)
+
+    def backward(residuals, upstream):
+        index, *rest = residuals
+        branches = [
+            functools.partial(_backward, form, number)
+            for number, form in enumerate(forms)
+        ]
+        return (*jax.lax.switch(index, branches, *rest, upstream), None)
 
     attention.defvjp(forward, backward)
-    return attention(query, key, value, mask)
+    return attention(query, key, value, mask.astype(bool))
+
+
+def _forward(forms, number, kept, *arrays):
+    """One form's outputs, and what it keeps beside zeros for the others."""
+    import jax.numpy as jnp
+
+    kept = [[jnp.zeros(a.shape, a.dtype) for a in each] for each in kept]
+    outputs, kept[number] = forms[number].forward(*arrays)
+    return outputs, kept
+
+
+def _backward(form, number, arrays, outputs, kept, upstream):
+    return form.backward(arrays, outputs, kept[number], upstream)
+
+
+class _Form:
+    """Attention, told of a mask what one of `_SAID` tells."""
+
+    def __init__(self, attention, said):
+        self.attention = attention
+        self.said = said
+
+    def __call__(self, query, key, value, mask):
+        return self.attention(query, key, value, **self.said(query, mask))
+
+    def forward(self, *arrays):
+        """`(outputs, arrays to keep)` beside inputs and outputs."""
+        import jax
+
+        outputs, pull = self._pulled(arrays)
+        leaves, self.structure = jax.tree.flatten(pull)
+        known = [*arrays, outputs]
+        self.places = [_place(leaf, known) for leaf in leaves]
+        places = zip(leaves, self.places, strict=True)
+        kept = [leaf for leaf, place in places if place is None]
+        self.is_again = sum(a.nbytes for a in kept) > _KEPT * outputs.nbytes
+        return outputs, [] if self.is_again else kept
+
+    def backward(self, arrays, outputs, kept, upstream):
+        import jax
+
+        if self.is_again:
+            return self._pulled(arrays)[1](upstream)
+        known, kept = [*arrays, outputs], iter(kept)
+        leaves = [
+            next(kept) if place is None else known[place]
+            for place in self.places
+        ]
+        return jax.tree.unflatten(self.structure, leaves)(upstream)
+
+    def _pulled(self, arrays):
+        import jax
+
+        *arrays, mask = arrays
+        return jax.vjp(functools.partial(self, mask=mask), *arrays)
+
+
+def _place(array, arrays):
+    """Where `array` itself is among others, or `None`."""
+    places = (i for i, other in enumerate(arrays) if other is array)
+    return next(places, None)
 
 
 def is_on_gpu() -> bool:

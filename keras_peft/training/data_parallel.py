@@ -110,7 +110,7 @@ def _make_train_function(model, force=False):
     if is_new:
         _start_alike(model)
         model.train_function = functools.partial(
-            _train, model, model.train_function
+            _train, model, _statistics(model), model.train_function
         )
 
 
@@ -169,11 +169,11 @@ def _start_alike(model):
     torch.manual_seed(seed.item())
 
 
-def _train(model, compute, data):
+def _train(model, statistics, compute, data):
     share, weight = _share(data)
     with _own_random_numbers(), _averaging(model.optimizer, weight):
         logs = compute(share)
-    _average_statistics(model)
+    _average(statistics)
     return logs
 
 
@@ -221,15 +221,18 @@ def _averaging(optimizer, weight):
         object.__delattr__(optimizer, "apply")
 
 
-def _average_statistics(model):
-    """Lets batch normalization everywhere keep the same statistics."""
-    import torch
-
-    variables = [
+def _statistics(model):
+    """What batch normalization keeps, which is to be the same everywhere."""
+    return [
         variable
         for layer in trained_norms(model).values()
         for variable in layer.non_trainable_variables
     ]
+
+
+def _average(variables):
+    import torch
+
     if variables:
         share = 1 / torch.distributed.get_world_size()
         sums = _added_up(layer_tree.values_of(variables), share)

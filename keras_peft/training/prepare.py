@@ -14,6 +14,7 @@ from keras_peft.training.chunked_loss import checked_split
 from keras_peft.training.chunked_loss import chunk_loss
 from keras_peft.training.data_parallel import data_parallel
 from keras_peft.training.gathering import gather_weights
+from keras_peft.training.products import add_in_products
 from keras_peft.training.rematerialize import blocks_of
 from keras_peft.training.rematerialize import rematerialize
 from keras_peft.training.segments import replace_methods
@@ -36,7 +37,8 @@ def prepare(
     and after. `keras_peft.training.restore` undoes it, and a second call
     replaces the first. Under `keras_peft.training.FullyShardedDataParallel`,
     layers also put their kernels together before they compute, so that no
-    activations travel.
+    activations travel. On JAX with a GPU, the step is compiled with products
+    by cuBLAS, which adds what adapters change as it writes.
 
     Args:
         model: A built model, adapted or not.
@@ -80,10 +82,10 @@ def prepare(
             "`attention` must be 'auto', 'causal' or None. "
             f"Received: attention={attention!r}"
         )
+    is_xla_on_gpu = keras.config.backend() == "jax" and is_on_gpu()
     if attention == "auto":
-        is_served = keras.config.backend() == "jax" and is_on_gpu()
         layers = layer_tree.layers_by_path(model)
-        attention = "causal" if is_served and find_blocks(layers) else None
+        attention = "causal" if is_xla_on_gpu and find_blocks(layers) else None
     # What cannot be put on is found before anything is taken off.
     if loss is not None:
         checked_split(model, chunk_size)
@@ -97,6 +99,8 @@ def prepare(
     is_parallel = is_data_parallel(model)
     restore(model)
     gather_weights(model)
+    if is_xla_on_gpu:
+        add_in_products(model)
     if is_parallel:
         data_parallel(model)
     if parts is not None:
