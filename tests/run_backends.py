@@ -1,6 +1,9 @@
-"""Runs the tests once for each backend, then prints the coverage of them all.
+"""Runs the tests once for each backend.
 
 python tests/run_backends.py [--slow] [arguments for pytest]
+
+With `--slow` all of them, and then prints what they cover together: to watch
+every line takes about as long as the tests do.
 """
 
 import os
@@ -17,19 +20,21 @@ SLOW = dict.fromkeys(FAST, "")
 PYTEST = (
     *(sys.executable, "-m", "pytest", "--durations=5"),
     *("--numprocesses=2", "--dist=worksteal"),
-    *("--cov=keras_peft", "--cov=export", "--cov-report="),
 )
+WATCHED = ("--cov=keras_peft", "--cov=export", "--cov-report=")
 
 
 def main(arguments):
     slow = arguments[:1] == ["--slow"]
-    coverage("erase")
+    arguments = [*(WATCHED if slow else ()), *arguments[slow:]]
+    if slow:
+        coverage("erase")
     failed = [
         backend
         for backend, marks in (SLOW if slow else FAST).items()
-        if run_tests(backend, marks, arguments[slow:])
+        if run_tests(backend, marks, arguments)
     ]
-    if coverage("combine", "--quiet") or coverage("report"):
+    if slow and (coverage("combine", "--quiet") or coverage("report")):
         failed.append("coverage")
     sys.exit(f"Failed: {', '.join(failed)}." if failed else 0)
 

@@ -35,16 +35,22 @@ def _marks(method, name):
     return [pytest.mark.slice, pytest.mark.moved] if name == "gpt2" else []
 
 
-ROWS = [
-    pytest.param(
-        METHODS[method],
-        name,
-        id=f"{method}-{name}",
-        marks=_marks(method, name),
-    )
-    for method in CHOSEN
-    for name in (MODELS if method == "lora" else METHODS[method].models)
-]
+def _rows(marks):
+    return [
+        pytest.param(
+            METHODS[method],
+            name,
+            id=f"{method}-{name}",
+            marks=marks(method, name),
+        )
+        for method in CHOSEN
+        for name in (MODELS if method == "lora" else METHODS[method].models)
+    ]
+
+
+ROWS = _rows(_marks)
+# Two programs for each row: compiled for LoRA alone.
+TRAINED_ON = _rows(lambda *row: _marks(*row) if row[0] == "lora" else [])
 # Of products summed in other orders, over the few layers of these models:
 # 32 terms a layer, 8 layers deep.
 CLOSE = 32 * 8 * rounding("float32")
@@ -148,6 +154,16 @@ def test_an_adapter_folder_brings_the_outputs_back(method, name, tmp_path):
     keras_peft.load_adapter(other, tmp_path / "adapter", trainable=True)
     assert np.array_equal(outputs(other, name), adapted)
     assert len(other.trainable_variables) == len(model.trainable_variables)
+
+
+@pytest.mark.parametrize("method, name", TRAINED_ON)
+def test_a_loaded_adapter_trains_on_as_the_saved_one(method, name, tmp_path):
+    model = build(name)
+    keras_peft.adapt(model, method.make())
+    randomize(model)
+    keras_peft.save_adapter(model, tmp_path / "adapter")
+    other = build(name)
+    keras_peft.load_adapter(other, tmp_path / "adapter", trainable=True)
     assert fit(other, name, epochs=1) == pytest.approx(
         fit(model, name, epochs=1), rel=CLOSE
     )

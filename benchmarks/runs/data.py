@@ -64,18 +64,22 @@ def _sentences(tokenizer, split):
     return dict(tokens=tokens, mask=mask, targets=labels, weights=None)
 
 
-def _dialogues(tokenizer, split):
-    """Each response after its prompt; only its tokens count."""
-    rows = _rows("chatterbot_en.jsonl", split)
-    ids, prompts = [], []
-    for row in rows:
+def dialogue_tokens(tokenizer, split):
+    """`[(tokens of prompt and response, tokens of the prompt)]`."""
+    found = []
+    for row in _rows("chatterbot_en.jsonl", split):
         prompt = tokenizer.encode(
             f"<|im_start|>user\n{row['prompt']}<|im_end|>\n"
             "<|im_start|>assistant\n"
         ).ids
         response = tokenizer.encode(f"{row['response']}<|im_end|>").ids
-        ids.append(prompt + response)
-        prompts.append(len(prompt))
+        found.append((prompt + response, len(prompt)))
+    return found
+
+
+def _dialogues(tokenizer, split):
+    """Each response after its prompt; only its tokens count."""
+    ids, prompts = zip(*dialogue_tokens(tokenizer, split), strict=True)
     tokens, mask = _pad(ids, LENGTH["dialogue"] + 1)
     position = np.arange(1, tokens.shape[1])[None]
     weights = mask[:, 1:] & (position >= np.array(prompts)[:, None])
