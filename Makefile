@@ -56,8 +56,8 @@ coverage: $(DEV) ## Hold every keras-hub class to docs/coverage.md: takes hours
 	@$(VENV)/bin/python tests/zoo/table.py
 
 # Those that take days, GPUs, or what must be there: an adapter, a tokenizer.
-BENCH_APART := %/methods.py %/quantize_llm.py %/padding.py %/train_gpu.py \
-	%/train_gpus.py
+BENCH_APART := %/methods.py %/quantize_llm.py %/padding.py %/convergence.py \
+	%/train_gpu.py %/train_gpus.py
 bench: $(DEV) ## Run the scripts in benchmarks/ that take hours at most
 	@for script in $(filter-out $(BENCH_APART), $(wildcard benchmarks/*.py)); do \
 		echo "Running $$script."; $(VENV)/bin/python $$script || exit; \

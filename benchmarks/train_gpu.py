@@ -49,10 +49,10 @@ SMALL = dict(
 EIGHT = dict(layers=32, hidden=4096, inner=14336, tied=False)
 # `{row: (backend or "peft", settings)}`, by groups whose memory fits together:
 # what a process has asked for once, it keeps.
-# In the first, one program alone is compiled by XLA.
 GROUPS = (
     {
         "prepared": ("jax", dict(prepare={})),
+        "prepared, bare step": ("jax", dict(prepare={}, bare=True)),
         "PEFT": ("peft", {}),
         "prepared on torch": ("torch", dict(prepare=dict(capture=True))),
     },
@@ -166,6 +166,11 @@ def table(path):
             f"| {row['tokens_per_s']:,.0f} | {row['peak_gib']:.2f} "
             f"| {row['first_step']:.1f} |"
         )
+    for row in rows:
+        if row.get("kernels"):
+            times = row["kernels"].items()
+            times = ", ".join(f"{kind} {time:.1f}" for kind, time in times)
+            print(f"Kernels of {row['row']}, ms in a step: {times}.")
 
 
 if __name__ == "__main__":

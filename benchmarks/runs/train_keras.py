@@ -7,6 +7,7 @@ import keras
 import keras_hub
 import numpy as np
 from runs.alone import device
+from runs.kernels import milliseconds_by_kind
 from runs.steps import TIMED
 from runs.steps import WARM
 from runs.steps import seconds_per_step
@@ -27,22 +28,31 @@ PROJECTIONS = (
 
 
 def measure(
-    path, rows, length, vocabulary, prepare=None, processes=1, **settings
+    path,
+    rows,
+    length,
+    vocabulary,
+    prepare=None,
+    processes=1,
+    bare=False,
+    **settings,
 ):
     """`{"step": seconds, "first_step": seconds, "peak_gib": ...}`.
 
-    `rows` are those of all GPUs together.
+    `rows` are those of all GPUs together. `bare` is the compiled step alone,
+    on JAX: what of a step is not due to `fit`, and which kernels it takes.
     """
     losses = []
 
     def train(steps):
-        losses.append(fit(model, arrays, rows, steps))
+        losses.append(run(model, arrays, rows, steps))
 
     with device(path):
         model = build(vocabulary, prepare, **settings)
         if processes > 1:
             keras_peft.training.data_parallel(model)
         arrays = batches(rows, length, vocabulary)
+        run = BareSteps() if bare else fit
         reset_peak()
         start = time.perf_counter()
         train(1)
@@ -50,7 +60,12 @@ def measure(
         train(WARM)
     times = seconds_per_step(path, train)
     peak = peak_bytes() or 0
+    found = {}
+    if bare:
+        with device(path, alone=True):
+            found["kernels"] = milliseconds_by_kind(train, 3)
     return dict(
+        **found,
         step=min(times),
         steps=times,
         first_step=first,
@@ -127,6 +142,29 @@ def fit(model, arrays, rows, steps):
     )
     # Where a program failed, Keras leaves the array, and this raises.
     return float(history.history["loss"][-1])
+
+
+class BareSteps:
+    """The program that `fit` calls, called with arrays on the device."""
+
+    state = None
+
+    def __call__(self, model, arrays, rows, steps):
+        import jax
+
+        if self.state is None:
+            fit(model, arrays, rows, 1)
+            kinds = "trainable", "non_trainable", "optimizer", "metrics"
+            self.state = model._get_jax_state(
+                **{f"{kind}_variables": True for kind in kinds},
+                purge_model_variables=True,
+            )
+            some = keras.tree.map_structure(lambda a: a[:rows], arrays)
+            self.batch = jax.device_put(some)
+        batches = iter([self.batch] * steps)
+        for _ in range(steps):
+            logs, self.state = model.train_function(self.state, batches)
+        return float(logs["loss"])
 
 
 def reset_peak():
