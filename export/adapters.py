@@ -45,7 +45,7 @@ def adapter_problems(model: keras.Model) -> list[str]:
         return [
             f"The base is in {form}, as it was trained over, and a file for "
             "a device is quantized from kernels in floating point. Load the "
-            "adapter into the model as it was before, with "
+            "adapter into the same model with such kernels, with "
             "`keras_peft.load_adapter(model, folder, base=None)`. Received: "
             f"{len(packed)} layers in {form}"
         ]

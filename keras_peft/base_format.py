@@ -180,16 +180,13 @@ def give_back(model: keras.Model) -> None:
 def unpack(model: keras.Model) -> dict[str, list[PackedKernel]]:
     """Gives every layer a plain kernel; `{path: packed}` is for `repack`."""
     found = {
-        path: (layer, kernels)
+        path: layer
         for path, layer in layer_tree.walk(model)
-        if (kernels := layer_tree.packed_kernels(layer))
+        if layer_tree.packed_kernels(layer)
     }
     if found:
         layer_tree.forget_parameters(model)
-    return {
-        path: _module_of(kernels).unpack(layer)
-        for path, (layer, kernels) in found.items()
-    }
+    return {path: packed_kernel.unpack(layer) for path, layer in found.items()}
 
 
 def repack(
@@ -201,9 +198,4 @@ def repack(
     layers = dict(layer_tree.walk(model))
     layer_tree.forget_parameters(model)
     for path, kernels in packed.items():
-        _module_of(kernels).repack(layers[path], kernels)
-
-
-def _module_of(kernels):
-    quantized = isinstance(kernels[0], keras_quantized.QuantizedKernel)
-    return keras_quantized if quantized else packed_kernel
+        packed_kernel.repack(layers[path], kernels)

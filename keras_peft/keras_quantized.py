@@ -88,6 +88,18 @@ class QuantizedKernel(PackedKernel):
     def error(self):
         """Unknown: the kernel as it was is gone."""
 
+    def leave(self, layer):
+        """The policy becomes that from before the layer had integers."""
+        self.policy, self.config = _policy_of(layer), layer.quantization_config
+        layer_tree.set_quantized(layer, False)
+        layer.quantization_config = None
+        layer.dtype_policy = self.policy.get_config()["source_name"]
+
+    def enter(self, layer):
+        layer_tree.set_quantized(layer, True)
+        layer.quantization_config = self.config
+        layer.dtype_policy = self.policy
+
 
 class QuantizedLayer(PackedLayer):
     """Mixed into the class of a layer that Keras quantized.
@@ -97,19 +109,17 @@ class QuantizedLayer(PackedLayer):
 
     quantization_mode = None
 
-    def _own_variables(self):
+    def stored(self):
         """In the order in which Keras keeps them in files."""
         names = self.variable_serialization_spec[self._kernel.form.name]
         variables = [getattr(self, name) for name in names]
-        return [v for v in variables if v is not None]
+        variables = [v for v in variables if v is not None]
+        return {str(i): v for i, v in enumerate(variables)}
 
-    def save_own_variables(self, store):
-        for index, variable in enumerate(self._own_variables()):
-            store[str(index)] = variable
+    stored_plain = stored
 
     def load_own_variables(self, store):
-        for index, variable in enumerate(self._own_variables()):
-            variable.assign(store[str(index)])
+        super().load_own_variables(store)
         _set_calibrated(self, self._kernel.form.name)
 
     def get_config(self):
@@ -155,28 +165,6 @@ def give_back(layer: keras.Layer) -> None:
 def is_taken(layer: keras.Layer) -> bool:
     """Whether a layer is one that Keras quantized, and taken."""
     return isinstance(layer, QuantizedLayer)
-
-
-def unpack(layer: keras.Layer) -> list[PackedKernel]:
-    """Gives a layer a plain kernel, and the policy from before it had integers.
-
-    Returns the packed one, for `repack`.
-    """
-    (kernel,) = kernels = packed_kernel.unpack(layer)
-    kernel.policy, kernel.config = _policy_of(layer), layer.quantization_config
-    layer_tree.set_quantized(layer, False)
-    layer.quantization_config = None
-    layer.dtype_policy = kernel.policy.get_config()["source_name"]
-    return kernels
-
-
-def repack(layer: keras.Layer, kernels: list[PackedKernel]) -> None:
-    """Undoes `unpack`."""
-    (kernel,) = kernels
-    layer_tree.set_quantized(layer, True)
-    layer.quantization_config = kernel.config
-    layer.dtype_policy = kernel.policy
-    packed_kernel.repack(layer, kernels)
 
 
 def _policy_of(layer):

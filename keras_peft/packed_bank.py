@@ -14,8 +14,8 @@ from keras import ops
 
 from keras_peft import layer_tree
 from keras_peft import packed_kernel
-from keras_peft.packed_kernel import ORIGIN
 from keras_peft.packed_kernel import PackedKernel
+from keras_peft.packed_kernel import PackedVariables
 from keras_peft.quantized import BLOCK
 from keras_peft.quantized import BlockFormat
 from keras_peft.raw_kernels import RawKernel
@@ -62,32 +62,7 @@ class BankKernel(PackedKernel):
 
     @property
     def mixins(self):
-        return PackedBank, RecomputedBank
-
-    @property
-    def prefix(self):
-        """Of the parts' names."""
-        return self.attribute.lstrip("_")
-
-
-class PackedBank:
-    """Mixed into the class of a bank with such kernels."""
-
-    mixin_depth = 2
-
-    def save_own_variables(self, store):
-        for key, variable in _stored(self).items():
-            store[key] = variable
-
-    def load_own_variables(self, store):
-        """From a file of such a bank, or of a plain one."""
-        is_plain = not any(key.endswith(ORIGIN) for key in store.keys())
-        expected = _plain(self) if is_plain else _stored(self)
-        for key, variable in expected.items():
-            variable.assign(store[key])
-
-    def get_config(self):
-        packed_kernel.refuse_config(self)
+        return PackedVariables, RecomputedBank
 
 
 class RecomputedBank:
@@ -97,31 +72,6 @@ class RecomputedBank:
 
     def call(self, *args, **kwargs):
         return recomputed(self, super().call, keras.remat, args, kwargs)
-
-
-def _stored(layer):
-    """`{key in a weights file: variable}` of a packed bank."""
-    kernels = layer_tree.packed_kernels(layer)
-    parts = {
-        f"{kernel.prefix}_{name}": part
-        for kernel in kernels
-        for name, part in kernel.parts.items()
-    }
-    return parts | {str(i): v for i, v in enumerate(_others(layer))}
-
-
-def _others(layer):
-    packed = {id(v) for v in layer_tree.packed_kernels(layer)}
-    variables = layer_tree.own_variables(layer)
-    return [v for v in variables if id(v) not in packed]
-
-
-def _plain(layer):
-    """The same of the bank as Keras writes it."""
-    variables = _others(layer)
-    for kernel in layer_tree.packed_kernels(layer):
-        variables.insert(kernel.position, kernel)
-    return {str(i): v for i, v in enumerate(variables)}
 
 
 def can_pack(layer: keras.Layer) -> bool:
@@ -146,7 +96,7 @@ def pack(layer: keras.Layer, form: BlockFormat, empty: bool = False) -> None:
     """Turns a bank's kernels into parts; `empty` ones are to be assigned."""
     kernels = [BankKernel(layer, raw, form) for raw in _large(layer)]
     for kernel in kernels:
-        packed_kernel.add_parts(layer, kernel, kernel.prefix, empty)
+        packed_kernel.add_parts(layer, kernel, empty)
     packed_kernel.become_packed(layer, *kernels)
 
 

@@ -72,6 +72,17 @@ class PackedKernel(keras.Variable):
         return (PackedLayer,)
 
     @property
+    def prefix(self) -> str:
+        """Of the parts' names."""
+        return self.attribute.lstrip("_")
+
+    def leave(self, layer: keras.Layer) -> None:
+        """Called when a layer has got a plain kernel in its place."""
+
+    def enter(self, layer: keras.Layer) -> None:
+        """Called when it is about to come back."""
+
+    @property
     def samples(self) -> list[float]:
         """What `samples` gave for the kernel as it was."""
         origin = ops.convert_to_numpy(self.parts[ORIGIN])
@@ -144,11 +155,57 @@ def _after(tensor: Any, parts: Any) -> Any:
     return parts
 
 
-class PackedLayer:
-    """Mixed into the class of a layer with such a kernel."""
+class PackedVariables:
+    """Mixed into the class of a layer with such kernels, for its files."""
 
     # Adapters stand around it.
     mixin_depth = 2
+
+    def stored(self):
+        """`{key in a weights file: variable}`."""
+        parts = {
+            f"{kernel.prefix}_{name}": part
+            for kernel in layer_tree.packed_kernels(self)
+            for name, part in kernel.parts.items()
+        }
+        return parts | {str(i): v for i, v in enumerate(self._others())}
+
+    def stored_plain(self):
+        """The same of the layer as Keras writes it."""
+        variables = self._others()
+        for kernel in layer_tree.packed_kernels(self):
+            variables.insert(kernel.position, kernel)
+        return {str(i): v for i, v in enumerate(variables)}
+
+    def _others(self):
+        packed = {id(v) for v in layer_tree.packed_kernels(self)}
+        variables = layer_tree.own_variables(self)
+        return [v for v in variables if id(v) not in packed]
+
+    def save_own_variables(self, store):
+        for key, variable in self.stored().items():
+            store[key] = variable
+
+    def load_own_variables(self, store):
+        """From a file of such a layer, or of a plain one."""
+        is_plain = not any(key.endswith(ORIGIN) for key in store.keys())
+        expected = self.stored_plain() if is_plain else self.stored()
+        for key, variable in expected.items():
+            variable.assign(store[key])
+
+    def get_config(self):
+        """Refuses: no plain Keras model can say how the kernel is kept."""
+        form = layer_tree.packed_kernels(self)[0].form.name
+        raise ValueError(
+            f"Layer {self.name!r} has its kernel in {form}, which no plain "
+            "Keras model can say. Save the adapted model, its adapter, or call "
+            "`keras_peft.merge(model)` first. "
+            f"Received: layer={self.name!r}"
+        )
+
+
+class PackedLayer(PackedVariables):
+    """Mixed into the class of a layer that multiplies by such a kernel."""
 
     def call(self, inputs, *args, **kwargs):
         packed = self._kernel
@@ -162,38 +219,6 @@ class PackedLayer:
         if self.activation is not None:
             outputs = self.activation(outputs)
         return outputs
-
-    def save_own_variables(self, store):
-        for name, part in self._kernel.parts.items():
-            store[f"kernel_{name}"] = part
-        if self.bias is not None:
-            store["bias"] = self.bias
-
-    def load_own_variables(self, store):
-        """From a file of such a layer, or of one with a plain kernel."""
-        if f"kernel_{ORIGIN}" not in store.keys():
-            self._kernel.assign(store["0"])
-            if self.bias is not None:
-                self.bias.assign(store["1"])
-            return
-        for name, part in self._kernel.parts.items():
-            part.assign(store[f"kernel_{name}"])
-        if self.bias is not None:
-            self.bias.assign(store["bias"])
-
-    def get_config(self):
-        refuse_config(self)
-
-
-def refuse_config(layer: keras.Layer) -> None:
-    """Raises the error of a packed layer that is to be saved as it is."""
-    form = layer_tree.packed_kernels(layer)[0].form.name
-    raise ValueError(
-        f"Layer {layer.name!r} has its kernel in {form}, which no plain Keras "
-        "model can say. Save the adapted model, its adapter, or call "
-        "`keras_peft.merge(model)` first. "
-        f"Received: layer={layer.name!r}"
-    )
 
 
 def can_pack(layer: keras.Layer) -> bool:
@@ -227,13 +252,11 @@ def formats(model: keras.Layer) -> dict[str, str]:
 def pack(layer: keras.Layer, form: BlockFormat, empty: bool = False) -> None:
     """Turns a layer's kernel into parts; `empty` ones are to be assigned."""
     packed = PackedKernel(layer._kernel, kernel_of(layer), form)
-    add_parts(layer, packed, "kernel", empty)
+    add_parts(layer, packed, empty)
     become_packed(layer, packed)
 
 
-def add_parts(
-    layer: keras.Layer, packed: PackedKernel, prefix: str, empty: bool
-) -> None:
+def add_parts(layer: keras.Layer, packed: PackedKernel, empty: bool) -> None:
     """Replaces a layer's variable by the parts of a packed kernel."""
     variable = packed.original
     shapes = packed.form.shapes(packed.view.inputs, packed.view.outputs)
@@ -241,7 +264,7 @@ def add_parts(
     with layer_tree.unlocked(layer):
         for name, (shape, dtype, value) in shapes.items():
             packed.parts[name] = layer.add_weight(
-                name=f"{prefix}_{name}",
+                name=f"{packed.prefix}_{name}",
                 shape=shape,
                 dtype=dtype,
                 initializer=keras.initializers.Constant(value),
@@ -277,12 +300,15 @@ def unpack(layer: keras.Layer, original: bool = False) -> list[PackedKernel]:
         layer_tree.track_at(layer, plain, packed.position)
     for mixin in kernels[0].mixins:
         layer_tree.mix_out(layer, mixin)
+    for packed in kernels:
+        packed.leave(layer)
     return kernels
 
 
 def repack(layer: keras.Layer, kernels: list[PackedKernel]) -> None:
     """Undoes `unpack`."""
     for packed in kernels:
+        packed.enter(layer)
         for part in packed.parts.values():
             layer_tree.track(layer, part)
         layer_tree.untrack(layer, vars(layer)[packed.attribute])
