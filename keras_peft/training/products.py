@@ -17,12 +17,25 @@ def add_in_products(model: keras.Model) -> None:
     """Compiles the training step of `model` for JAX with `_OPTIONS`.
 
     DoRA multiplies each sum as well, which is a kernel of its own in any case:
-    with such adapters XLA is left to choose.
+    with such adapters XLA is left to choose. So it is where it does not know
+    the option.
     """
-    if keras.config.is_nnx_enabled():  # Which takes no options.
+    if not _is_known():
         return
     layer_tree.replace_method(model, "make_train_function", _make, _WHY)
     layer_tree.forget_compiled(model, optimizer=False)
+
+
+def _is_known():
+    import jax
+
+    if keras.config.is_nnx_enabled():  # It has a compiler of its own.
+        return False
+    try:
+        jax.jit(lambda: 0, compiler_options=_OPTIONS)()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def _make(model, force=False):
