@@ -45,7 +45,8 @@ def attend(query, key, value, mask, scale):
             for number in range(len(forms))
         ]
         outputs, kept = jax.lax.switch(index, branches, *arrays)
-        return outputs, (index, arrays, outputs, kept)
+        is_needed = not all(form.is_again for form in forms)
+        return outputs, (index, arrays, outputs if is_needed else None, kept)
 
     def backward(residuals, upstream):
         index, *rest = residuals
