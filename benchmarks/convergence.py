@@ -19,6 +19,8 @@ from pathlib import Path
 import keras
 import keras_hub
 import numpy as np
+from runs.data import LENGTH as LENGTHS
+from runs.data import dialogue_rows
 from runs.data import dialogue_tokens
 
 import keras_peft
@@ -38,7 +40,7 @@ PATHS = {
     "prepare, base='nf4'": ({}, "nf4"),
 }
 ROWS = 8
-LENGTH = 64
+LENGTH = LENGTHS["dialogue"]
 HELD_OUT = 96
 
 
@@ -163,15 +165,10 @@ def dialogues(preset, split):
 
 def padded(sequences):
     """`(inputs, targets, weights)`, a row for each sequence."""
-    tokens = np.zeros((len(sequences), LENGTH + 1), "int32")
-    weights = np.zeros((len(sequences), LENGTH), "float32")
-    mask = np.zeros((len(sequences), LENGTH), "int32")
-    for row, (sequence, start) in enumerate(sequences):
-        tokens[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-        weights[row, start - 1 : len(sequence) - 1] = 1
-    inputs = {"token_ids": tokens[:, :-1], "padding_mask": mask}
-    return inputs, tokens[:, 1:], weights
+    rows = dialogue_rows(sequences)
+    mask = rows["mask"].astype("int32")
+    inputs = {"token_ids": rows["tokens"], "padding_mask": mask}
+    return inputs, rows["targets"], rows["weights"]
 
 
 def packed(sequences):

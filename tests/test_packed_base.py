@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from models import draw_biases
 from models import learn_classes
+from models import summary_of
 
 import keras_peft
 from keras_peft import adapter_state
@@ -284,17 +285,13 @@ def test_summary_says_how_a_model_trains():
     model = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
     keras_peft.adapt(model, METHODS["LoRA"], base="int8")
     keras_peft.training.prepare(model, remat="full", packing=True)
-    lines = []
-    keras_peft.summary(model, print_fn=lines.append)
-    text = "\n".join(lines)
+    text = summary_of(model)
     assert f"Base: kernels of {len(base_format.formats(model))} layers" in text
     assert "Training: loss in chunks of 1024 tokens\n" in text
     assert "computed again in the backward pass ('full'), 2 layers" in text
     assert "sequences of a row kept apart" in text
     keras_peft.training.restore(model)
-    lines.clear()
-    keras_peft.summary(model, print_fn=lines.append)
-    assert "Training" not in lines[0]
+    assert "Training" not in summary_of(model)
 
 
 class TestErrors:

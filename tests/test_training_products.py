@@ -4,6 +4,7 @@ import keras
 import pytest
 from models import build
 from models import fit
+from models import summary_of
 
 import keras_peft
 from keras_peft import training
@@ -50,9 +51,3 @@ def test_an_unknown_option_is_left_out(monkeypatch):
     model = adapted()
     assert "cuBLAS" not in summary_of(model)
     fit(model, "llama")
-
-
-def summary_of(model):
-    lines = []
-    keras_peft.summary(model, print_fn=lines.append)
-    return "\n".join(lines)

@@ -78,8 +78,12 @@ def dialogue_tokens(tokenizer, split):
 
 
 def _dialogues(tokenizer, split):
+    return dialogue_rows(dialogue_tokens(tokenizer, split))
+
+
+def dialogue_rows(dialogues):
     """Each response after its prompt; only its tokens count."""
-    ids, prompts = zip(*dialogue_tokens(tokenizer, split), strict=True)
+    ids, prompts = zip(*dialogues, strict=True)
     tokens, mask = _pad(ids, LENGTH["dialogue"] + 1)
     position = np.arange(1, tokens.shape[1])[None]
     weights = mask[:, 1:] & (position >= np.array(prompts)[:, None])

@@ -41,12 +41,11 @@ def _is_known():
 def _make(model, force=False):
     from keras.src.backend.jax import trainer
 
-    adapters = [
-        adapter
+    is_dora = any(
+        getattr(adapter, "decompose", False)
         for _, layer in layer_tree.adapted_layers(model)
         for adapter in layer.adapters.values()
-    ]
-    is_dora = any(getattr(adapter, "decompose", False) for adapter in adapters)
+    )
     options = {} if is_dora else _OPTIONS
     jit = functools.partial(trainer.jit, compiler_options=options)
     with replaced(trainer, jit=jit):
