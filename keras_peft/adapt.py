@@ -89,8 +89,10 @@ def adapt(
         quantize_aware: `"int4"` or `"int8"`, for `LoRA`: the adapted layers
             compute with kernel and change rounded as the exporter rounds, so
             that training makes up for it, and `export.to_genai` ships the
-            very integers that trained. Needs `calibration`, by which the
-            grids are chosen. `None` trains in floating point.
+            very integers that trained. Needs `calibration`, by which grids
+            are chosen and in 4 bits the integers to start from, by GPTQ; of
+            each layer the products of its inputs are kept meanwhile. `None`
+            trains in floating point.
 
     Returns:
         `model`.

@@ -27,10 +27,10 @@ class LayerInputs:
         self.gram = np.zeros((self.kernel.inputs,) * 2)
 
     def add(self, inputs):
-        rows = ops.convert_to_numpy(_rows(self.kernel, inputs))
-        rows = rows.astype("float64")
+        rows = _rows(self.kernel, inputs)
         self.count += len(rows)
-        self.gram += rows.T @ rows
+        gram = ops.matmul(ops.transpose(rows), rows)
+        self.gram += ops.convert_to_numpy(gram)
 
     @property
     def mean_squares(self):

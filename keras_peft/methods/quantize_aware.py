@@ -9,9 +9,11 @@ from keras import ops
 from keras_peft.calibration import LayerInputs
 from keras_peft.calibration import MeanSquares
 from keras_peft.export.blockwise import Blockwise
+from keras_peft.export.blockwise import gptq
+from keras_peft.export.blockwise import search
 from keras_peft.export.blockwise.integers import block_count
 from keras_peft.export.blockwise.integers import check_format
-from keras_peft.export.blockwise.search import grid
+from keras_peft.export.blockwise.integers import spread
 from keras_peft.kernels import DenseKernel
 from keras_peft.kernels import EinsumKernel
 from keras_peft.kernels import has_kernel
@@ -28,6 +30,9 @@ from keras_peft.methods.settings import rank_objection
 _EXACT_BITS = 24
 # A GPU multiplies by 11 bits of a float32 (TF32); one is for the bound.
 _FACTOR_BITS = 10
+# What offsets are stored as a difference from, in 4 bits.
+_ZERO = 8
+_BYTES = ("zero_points", "offsets")
 _POWERS = np.exp2(np.arange(-60, 61)).astype("float32")
 
 
@@ -38,11 +43,13 @@ class QuantizeAwareLoRA(Ranked, Method):
     The layer computes with `Q(kernel + scale * A @ B)`, where `Q` rounds each
     block of `block_size` inputs of an output to the levels of its own grid:
 
-    `Q(w) = s * (clip(round(w / s) + z, 0, 2**bits - 1) - z)`
+    `Q(w) = s * (clip(round(w / s) + o + z, 0, 2**bits - 1) - z)`
 
-    The grids are chosen once, for the kernel of the base and the mean squares
-    of its inputs, as the exporter does. The gradient passes `Q` as if it were
-    the identity where a level is near, and not at all where `Q` clips.
+    Grids are chosen once, for the kernel of the base and its inputs, as the
+    exporter does. In 4 bits so is `o`, for each weight: the levels that GPTQ
+    puts it beside its nearest, so that training starts from GPTQ's integers.
+    In 8 bits, of which little is lost, `o` is 0. The gradient passes `Q` as if
+    it were the identity where a level is near, and not at all where `Q` clips.
     Trainable parameters per layer: `rank * (inputs + outputs)`.
 
     `A` and `scale * B` enter rounded to about 10 bits, as multiples of a power
@@ -52,6 +59,7 @@ class QuantizeAwareLoRA(Ranked, Method):
 
     - [Bondarenko et al., 2024](https://arxiv.org/abs/2406.06385): low-rank
       quantization-aware training
+    - [Frantar et al., 2022](https://arxiv.org/abs/2210.17323): GPTQ
 
     Args:
         bits: 4 or 8.
@@ -90,7 +98,8 @@ class QuantizeAwareLoRA(Ranked, Method):
 
     @property
     def observes(self):
-        return LayerInputs if self.init == "eva" else MeanSquares
+        whole = self.bits == 4 or self.init == "eva"
+        return LayerInputs if whole else MeanSquares
 
     def scale_of(self, path):
         if self.scaling == "rank_stabilized":
@@ -111,7 +120,10 @@ class QuantizeAwareLoRA(Ranked, Method):
         shapes = {"lora_kernel_a": a, "lora_kernel_b": b}
         if self.init in RESIDUAL_INITS:
             shapes |= {"lora_initial_a": a, "lora_initial_b": b}
-        return shapes | {"inverse_scales": blocks, "zero_points": blocks}
+        shapes |= {"inverse_scales": blocks, "zero_points": blocks}
+        if self.bits == 4:
+            shapes["offsets"] = -(-kernel.inputs // 2), kernel.outputs
+        return shapes
 
     def create(self, path, layer, name):
         return QuantizeAwareAdapter(self, path, layer, name)
@@ -133,7 +145,7 @@ class QuantizeAwareAdapter(VariableAdapter):
     def build_weights(self, shapes):
         for key, shape in shapes.items():
             trains = key.startswith("lora_kernel")
-            options = {"dtype": "uint8"} if key == "zero_points" else {}
+            options = {"dtype": "uint8"} if key in _BYTES else {}
             setattr(self, key, self.weight(key, shape, trains, **options))
         for factor in (self.lora_kernel_a, self.lora_kernel_b):
             factor.adapter = self
@@ -150,14 +162,25 @@ class QuantizeAwareAdapter(VariableAdapter):
         if self.init in RESIDUAL_INITS:
             self.lora_initial_a.assign(a)
             self.lora_initial_b.assign(b)
-        scales, zero_points = grid(
-            self.kernel.read(),
-            self.bits,
-            self.block_size,
-            None if self.observed is None else self.observed.mean_squares,
+        chosen = self._choose()
+        self.inverse_scales.assign(1 / chosen.scales.T)
+        self.zero_points.assign(chosen.zero_points.T)
+        if self.bits == 4:
+            self.offsets.assign(in_pairs(self._beside_nearest(chosen)))
+
+    def _choose(self):
+        kernel, observed = self.kernel.read(), self.observed
+        form = self.bits, self.block_size
+        if self.bits == 4:
+            return gptq(kernel, observed.gram / observed.count, *form)
+        return search(kernel, *form, observed.mean_squares)
+
+    def _beside_nearest(self, chosen):
+        inverse, zeros = (
+            spread(grid, self.block_size, self.kernel.inputs).T
+            for grid in (1 / chosen.scales, chosen.zero_points)
         )
-        self.inverse_scales.assign(1 / scales.T)
-        self.zero_points.assign(zero_points.T)
+        return chosen.values.T - (np.rint(self.kernel.read() * inverse) + zeros)
 
     def _start(self, rng):
         if self.init == "eva":
@@ -205,8 +228,17 @@ class QuantizeAwareAdapter(VariableAdapter):
             kernel = kernel + self._change()
         inverse, zeros = self._by_block(self.inverse_scales), self._zeros()
         levels = ops.reshape(kernel, (*self._blocks, self.kernel.outputs))
-        levels = ops.clip(levels * inverse, -zeros, 2.0**self.bits - 1 - zeros)
-        return _straight_through(levels)
+        lowest, offsets = -zeros, self._offsets() if changed else 0.0
+        highest = lowest + (2.0**self.bits - 1)
+        levels = ops.clip(levels * inverse, lowest - offsets, highest - offsets)
+        return _straight_through(levels) + offsets
+
+    def _offsets(self):
+        """The levels that each weight is put beside its nearest."""
+        if self.bits == 8:
+            return 0.0
+        offsets = from_pairs(self.offsets, self.kernel.inputs)
+        return ops.reshape(offsets, (*self._blocks, self.kernel.outputs))
 
     @property
     def _blocks(self):
@@ -231,6 +263,24 @@ class QuantizeAwareAdapter(VariableAdapter):
             a = ops.concatenate([a, self.lora_initial_a.value], axis=1)
             b = ops.concatenate([b, -self.lora_initial_b.value], axis=0)
         return exact_product(a, b * self.scale)
+
+
+def in_pairs(offsets):
+    """Rows of small integers as bytes, clipped to 4 bits: `-8` to `7`.
+
+    Half as many rows; the later half is in the upper bits.
+    """
+    codes = offsets.clip(-_ZERO, _ZERO - 1) + _ZERO
+    half = -(-len(codes) // 2)
+    codes = np.pad(codes, ((0, 2 * half - len(codes)), (0, 0)))
+    return (codes[:half] + 16 * codes[half:]).astype("uint8")
+
+
+def from_pairs(pairs, count):
+    """The `count` rows that `in_pairs` was given, as floats."""
+    pairs = ops.cast(pairs, "float32")
+    later = ops.floor(pairs / 16)
+    return ops.concatenate([pairs - 16 * later, later])[:count] - _ZERO
 
 
 def exact_product(a, b):
