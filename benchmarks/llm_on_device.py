@@ -12,7 +12,8 @@ not stop; several are timed by the clock on the wall.
 The builder's int4 has the table of tokens and the head in 4 bits, too;
 "int4-head8" is the one of its recipes that stores them as we do, in 8. In
 llama.cpp's files they have 8 bits. Our int4 is calibrated on one novel, and all
-losses are of another; "int4-nearest" is not. A weight that came from a Q4_1
+losses are of another. "int4-aware" is what `quantize_aware` starts from, all
+layers in 4 bits; "int4-nearest" knows no text. A weight that came from a Q4_1
 file is on its grid: what Q4_1 seems to lose says nothing.
 
 Run:
@@ -52,6 +53,7 @@ FOURS = (
 )
 RIVALS = {
     "keras_peft int4": FOURS,
+    "keras_peft int4-aware": FOURS,
     "keras_peft int4-nearest": FOURS,
     "keras_peft int8": ("builder int8", "llama.cpp Q8_0"),
     "keras_peft float32": ("builder float32",),

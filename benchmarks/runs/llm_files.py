@@ -6,15 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CALIBRATION = EXAMPLES / "data" / "austen_persuasion.txt"
 TESTED = EXAMPLES / "data" / "austen_northangerabbey.txt"
-# What `quantize` is, and whether texts choose the integers.
+# What `quantize` is, and what chooses the integers: the exporter by texts,
+# `quantize_aware` by the same texts, or nothing but the kernels.
 OURS = {
-    "int4": ("int4", True),
-    "int4-nearest": ("int4", False),
-    "int8": ("int8", False),
-    "float32": (None, False),
+    "int4": ("int4", "texts"),
+    "int4-aware": ("int4", "aware"),
+    "int4-nearest": ("int4", None),
+    "int8": ("int8", None),
+    "float32": (None, None),
 }
 # "int4-head8" has the table of tokens and the head in 8 bits, as ours; of the
 # builder's quantizers only this one writes a file with them that loads.
@@ -29,6 +33,8 @@ BUILDER = {
     "int8": ("int8",),
     "float32": ("fp32",),
 }
+# Of the texts that `quantize_aware` is given.
+ROWS, LENGTH = 16, 256
 LLAMA_CPP = "Q4_1", "Q4_0", "Q8_0"
 BUILDER_NEEDS = "onnxruntime_genai", "transformers", "torch"
 
@@ -68,16 +74,24 @@ def ours(preset, work, numbers):
         str(preset), preprocessor=None
     )
     keras_peft.check_base(model, preset, mend=True)
-    quantize, is_calibrated = OURS[numbers]
+    tokenizer = tokenizers.Tokenizer.from_file(str(preset / "tokenizer.json"))
     texts = CALIBRATION.read_text("utf-8").split("\n\n")
+    quantize, chosen_by = OURS[numbers]
+    if chosen_by == "aware":
+        ids = tokenizer.encode(" ".join(texts)).ids
+        rows = np.array(ids[: ROWS * LENGTH]).reshape(ROWS, LENGTH)
+        inputs = {"token_ids": rows, "padding_mask": np.ones_like(rows)}
+        lora = keras_peft.LoRA(rank=8)
+        keras_peft.adapt(
+            model, lora, quantize_aware=quantize, calibration=inputs
+        )
+        keras_peft.merge(model)
     keras_peft.export.to_genai(
         model,
         folder,
         quantize=quantize,
-        calibration=texts if is_calibrated else None,
-        tokenizer=tokenizers.Tokenizer.from_file(
-            str(preset / "tokenizer.json")
-        ),
+        calibration=texts if chosen_by == "texts" else None,
+        tokenizer=tokenizer,
         hf_folder=preset,
     )
     return folder

@@ -222,7 +222,7 @@ class QuantizeAwareAdapter(VariableAdapter):
     # done to each takes longer than doing it.
 
     def _levels(self, changed=True):
-        """The nearest levels, counted from the zero point, as floats."""
+        """The levels of `Q`, counted from the zero point, as floats."""
         kernel = ops.cast(self.kernel.matrix(), "float32")
         if changed:
             kernel = kernel + self._change()
@@ -254,8 +254,8 @@ class QuantizeAwareAdapter(VariableAdapter):
         """One entry per block, to be combined with those of the kernel."""
         if len(self._blocks) == 2:
             return ops.expand_dims(grid, 1)
-        spread = ops.repeat(grid, self.block_size, axis=0)
-        return spread[: self.kernel.inputs]
+        by_input = ops.repeat(grid, self.block_size, axis=0)
+        return by_input[: self.kernel.inputs]
 
     def _change(self):
         a, b = self.lora_kernel_a.value, self.lora_kernel_b.value
