@@ -3,8 +3,9 @@
 Our folders for onnxruntime-genai stand against those of its own model builder
 and against llama.cpp, on the same weights. Every engine lives in a process of
 its own and computes in its turn, prompt after prompt, so that a busy machine
-hits all alike; one that is not installed is left out, and named. A ratio is
-the median over rounds of `ours / theirs`, of times, with the quartiles.
+hits all alike; one that is not installed is left out, and named. All are loaded
+anew six times. A ratio is the median over rounds of `ours / theirs`, of times,
+with the quartiles.
 
 One thread is timed by the processor time of its process, which neighbors do
 not stop; several are timed by the clock on the wall.
@@ -41,7 +42,7 @@ from runs import llm_files
 
 ENGINES = Path(__file__).parent / "runs" / "llm_engines.py"
 PACKAGES = "onnxruntime", "onnxruntime_genai", "xllamacpp", "keras", "keras_hub"
-PROMPT, ROWS, LENGTH, LOADS, PAUSE = 128, 8, 256, 3, 0.1
+PROMPT, ROWS, LENGTH, LOADS, PAUSE = 128, 8, 256, 6, 0.1
 # What stands against each of ours.
 FOURS = (
     "builder int4",
@@ -140,17 +141,6 @@ def losses(files, rows, work):
     return found
 
 
-def load(kind, path, threads):
-    """`(a loaded engine, seconds that loading takes)`."""
-    seconds = []
-    for n in range(LOADS):
-        engine = Engine(kind, path, threads)
-        seconds.append(engine("load"))
-        if n < LOADS - 1:
-            engine.end()
-    return engine, float(np.median(seconds))
-
-
 def turn(engine, ids, steps):
     """Seconds of the prompt, and of each token after it."""
     # Threads of the engine before go on waiting, busily, for a while.
@@ -160,25 +150,35 @@ def turn(engine, ids, steps):
 
 
 def measure(files, ids, threads, rounds, steps):
-    """By engine: seconds `[rounds]`, `[rounds, steps]`, loading; peak bytes."""
-    loaded = {n: load(*file, threads) for n, file in files.items()}
-    for engine, _ in loaded.values():
-        turn(engine, ids, 2)
-    names = list(loaded)
-    prefills, decodes = ({name: [] for name in names} for _ in range(2))
-    for n in range(rounds):
-        for column in np.roll(np.arange(len(names)), n):
-            name = names[column]
-            prefill, tokens = turn(loaded[name][0], ids, steps)
-            prefills[name].append(prefill)
-            decodes[name].append(tokens)
-    found = {}
-    for name, (engine, seconds) in loaded.items():
-        peak = engine("peak_memory")
-        engine.end()
-        times = np.array(prefills[name]), np.array(decodes[name])
-        found[name] = *times, seconds, peak
-    return found
+    """By engine: seconds `[rounds]`, `[rounds, steps]`, `[loads]`; peak bytes.
+
+    Where a process happens to find its memory makes it some percent faster or
+    slower for good, so every engine is loaded anew several times.
+    """
+    names = list(files)
+    prefills, decodes, loads = ({n: [] for n in names} for _ in range(3))
+    peaks = dict.fromkeys(names, 0)
+    for _ in range(LOADS):
+        engines = {n: Engine(*file, threads) for n, file in files.items()}
+        for name, engine in engines.items():
+            loads[name].append(engine("load"))
+            turn(engine, ids, 2)
+        for n in range(max(1, rounds // LOADS)):
+            for column in np.roll(np.arange(len(names)), n):
+                name = names[column]
+                prefill, tokens = turn(engines[name], ids, steps)
+                prefills[name].append(prefill)
+                decodes[name].append(tokens)
+        for name, engine in engines.items():
+            peaks[name] = max(peaks[name], engine("peak_memory"))
+            engine.end()
+    return {
+        name: (
+            *(np.array(each[name]) for each in (prefills, decodes, loads)),
+            peaks[name],
+        )
+        for name in names
+    }
 
 
 def bound(bytes_, threads, steps):
@@ -197,12 +197,12 @@ def best(seconds):
 
 def engine_rows(files, found, threads, steps, loss):
     for name, (_, path) in files.items():
-        prefill, decode, seconds, peak = found[name]
+        prefill, decode, loads, peak = found[name]
         share = bound(size(path), threads, steps) / best(decode)
         yield (
             f"| {name} | {threads} | {size(path) / 1e6:.1f} "
             f"| {PROMPT / best(prefill):.0f} | {1 / best(decode):.1f} "
-            f"| {share:.0%} | {seconds:.2f} | {peak / 1e6:.0f} "
+            f"| {share:.0%} | {np.median(loads):.2f} | {peak / 1e6:.0f} "
             f"| {loss[name]:.4f} |"
         )
 
@@ -272,7 +272,7 @@ def main():
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--engines", nargs="+", default=ALL, choices=ALL)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
     work = options.work.resolve()
