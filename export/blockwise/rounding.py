@@ -35,11 +35,21 @@ def round_to(
 
     `values = clip(rint(kernel * (1 / scale)) + zero_point, 0, 2**bits - 1)`
     """
+    nearest = nearest_levels(kernel, scales, zero_points, block_size)
+    values = nearest.clip(0, 2**bits - 1).astype("uint8")
+    return Blockwise(values, scales, zero_points, bits, block_size)
+
+
+def nearest_levels(
+    kernel: np.ndarray,
+    scales: np.ndarray,
+    zero_points: np.ndarray,
+    block_size: int,
+) -> np.ndarray:
+    """`(outputs, inputs)`, as if a grid had no ends: floats, not clipped."""
     inputs = kernel.shape[0]
     levels = kernel.T * spread(np.float32(1) / scales, block_size, inputs)
-    levels = np.rint(levels) + spread(zero_points, block_size, inputs)
-    values = levels.clip(0, 2**bits - 1).astype("uint8")
-    return Blockwise(values, scales, zero_points, bits, block_size)
+    return np.rint(levels) + spread(zero_points, block_size, inputs)
 
 
 def in_blocks(kernel: np.ndarray, block_size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from keras_peft.export.blockwise import gptq
 from keras_peft.export.blockwise import search
 from keras_peft.export.blockwise.integers import block_count
 from keras_peft.export.blockwise.integers import check_format
-from keras_peft.export.blockwise.integers import spread
+from keras_peft.export.blockwise.rounding import nearest_levels
 from keras_peft.kernels import DenseKernel
 from keras_peft.kernels import EinsumKernel
 from keras_peft.kernels import has_kernel
@@ -162,25 +162,17 @@ class QuantizeAwareAdapter(VariableAdapter):
         if self.init in RESIDUAL_INITS:
             self.lora_initial_a.assign(a)
             self.lora_initial_b.assign(b)
-        chosen = self._choose()
-        self.inverse_scales.assign(1 / chosen.scales.T)
-        self.zero_points.assign(chosen.zero_points.T)
-        if self.bits == 4:
-            self.offsets.assign(in_pairs(self._beside_nearest(chosen)))
-
-    def _choose(self):
         kernel, observed = self.kernel.read(), self.observed
         form = self.bits, self.block_size
         if self.bits == 4:
-            return gptq(kernel, observed.gram / observed.count, *form)
-        return search(kernel, *form, observed.mean_squares)
-
-    def _beside_nearest(self, chosen):
-        inverse, zeros = (
-            spread(grid, self.block_size, self.kernel.inputs).T
-            for grid in (1 / chosen.scales, chosen.zero_points)
-        )
-        return chosen.values.T - (np.rint(self.kernel.read() * inverse) + zeros)
+            chosen = gptq(kernel, observed.gram / observed.count, *form)
+            grid = chosen.scales, chosen.zero_points
+            nearest = nearest_levels(kernel, *grid, self.block_size)
+            self.offsets.assign(in_pairs((chosen.values - nearest).T))
+        else:
+            chosen = search(kernel, *form, observed.mean_squares)
+        self.inverse_scales.assign(1 / chosen.scales.T)
+        self.zero_points.assign(chosen.zero_points.T)
 
     def _start(self, rng):
         if self.init == "eva":
