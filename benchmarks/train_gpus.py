@@ -7,8 +7,9 @@ The models of `benchmarks/train_gpu.py`, with 8 rows of 1024 tokens for each
 GPU, and one of 8 billion parameters (the shape of Llama 3.1 8B) that is created
 in parts: no GPU ever holds it whole. Rows are processes, one after the other.
 Efficiency is tokens per second by those of the same model and library on one
-GPU, times the number of GPUs; memory is the peak of the first GPU. `--small`
-is a few thousand parameters on devices that a processor pretends to have.
+GPU, times the number of GPUs; memory is the peak of the first GPU. On torch,
+steps are recorded. `--small` is a few thousand parameters on devices that a
+processor pretends to have, which records nothing.
 """
 
 import json
@@ -29,8 +30,8 @@ ROWS = {
     "jax, data parallel": ("jax", "1B", 2, "data", {}),
     "jax, fully sharded": ("jax", "1B", 2, "sharded", dict(remat="full")),
     "jax 8B, fully sharded": ("jax", "8B", 2, "sharded", dict(remat="full")),
-    "torch": ("torch", "1B", 1, None, {}),
-    "torch, data parallel": ("torch", "1B", 2, None, {}),
+    "torch": ("torch", "1B", 1, None, dict(capture=True)),
+    "torch, data parallel": ("torch", "1B", 2, None, dict(capture=True)),
 }
 
 
@@ -77,6 +78,7 @@ def work(options):
     shape = dict(SHAPES[size])
     if options.small:
         shape.update(SMALL)
+        prepare = {k: v for k, v in prepare.items() if k != "capture"}
     shape["rows"] *= gpus
     rank = start_process() if backend == "torch" and gpus > 1 else 0
     if kind is not None:

@@ -82,6 +82,11 @@ class DenseKernel:
         """
         return _leading(axes[:-1]), axes[-1]
 
+    @property
+    def reads(self):
+        """`(axes of inputs that are summed, their sizes)`, in the row order."""
+        return (-1,), (self.inputs,)
+
     def down(self, inputs, a):
         """`inputs @ a`, for `a` of shape `(inputs, rank)`."""
         return _matmul(inputs, a)
@@ -232,6 +237,11 @@ class EinsumKernel(DenseKernel):
         axes = [axes[i] for i in self.to_axes]
         count = len(self.contracted)
         return _leading(axes[:count]), _leading(axes[count:])
+
+    @property
+    def reads(self):
+        axes = [self.into.index(c) - len(self.into) for c in self.contracted]
+        return tuple(axes), self.contracted_shape
 
     def down(self, inputs, a):
         a = ops.reshape(a, (*self.contracted_shape, -1))

@@ -317,6 +317,24 @@ class AdaptedLayer:
         adapters = self._adapters_of(KernelAdapter)
         return self._add_changes(adapters, inputs, (), {}, False)[1]
 
+    def read(self, inputs):
+        """`inputs`, for the layer's own kernel."""
+        return inputs
+
+    def low_rank(self, adapter, inputs, ups):
+        """`[inputs @ A @ B for each A and B]` of a pair or two of an adapter.
+
+        `ups` are what each `B` is now, in the dtype to compute in.
+        """
+        kernel, dtype = adapter.kernel, ups[0].dtype
+        inputs = adapter.dropped(inputs)
+        if not isinstance(self, keras.layers.Embedding):
+            inputs = keras.ops.cast(inputs, dtype)
+        return [
+            kernel.low_rank(inputs, keras.ops.cast(a, dtype), b)
+            for a, b in zip(adapter.downs, ups, strict=True)
+        ]
+
     def _adapters_of(self, kind):
         return [a for a in self.adapters.values() if isinstance(a, kind)]
 
@@ -345,7 +363,7 @@ class AdaptedLayer:
         """`(outputs of the base, outputs with every adapter's change)`."""
         moving = [adapter for adapter in adapters if adapter.on_inputs]
         adding = [adapter for adapter in adapters if not adapter.on_inputs]
-        moved = inputs
+        moved = inputs if moving else self.read(inputs)
         for adapter in moving:
             moved = moved + self._in_rows(adapter, adapter(inputs))
         changed = outputs = self._call_base(moved, *args, **kwargs)

@@ -1,18 +1,27 @@
 """Laws of steps that a GPU repeats by itself."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
+from test_training_distribution import TORCHRUN
 
 import keras_peft
 
 
-def has_gpu():
+def gpus():
     if keras.config.backend() != "torch":
-        return False
+        return 0
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()
+
+
+def has_gpu():
+    return gpus() > 0
 
 
 def tiny(dropout=0.0):
@@ -53,6 +62,18 @@ def test_recorded_steps_train_as_others_do(remat):
         assert np.allclose(one, two, atol=1e-4)
     keras_peft.training.restore(other)
     fit(other)
+
+
+@pytest.mark.skipif(gpus() < 2, reason="needs torch and two GPUs")
+def test_laws_hold_in_two_processes():
+    laws = Path(__file__).parent / "devices" / "laws_torch_gpus.py"
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "-m", "pytest", "-x", "-q", str(laws)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.mark.skipif(not has_gpu(), reason="needs torch and a GPU")

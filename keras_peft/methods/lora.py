@@ -11,6 +11,7 @@ from keras_peft.kernels import EmbeddingKernel
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import kernel_of
 from keras_peft.methods.adapter import KernelAdapter
+from keras_peft.methods.dropout import Dropout
 from keras_peft.methods.lora_start import INITS
 from keras_peft.methods.lora_start import leading_directions
 from keras_peft.methods.lora_start import start_values
@@ -220,7 +221,7 @@ class LoRAAdapter(KernelAdapter):
         self.use_bias = method.use_bias
         super().__init__(layer, method.shapes(path, layer), name)
         drops = method.dropout and not isinstance(self.kernel, EmbeddingKernel)
-        self.dropout = keras.layers.Dropout(method.dropout) if drops else None
+        self.dropout = Dropout(method.dropout) if drops else None
 
     def build_weights(self, shapes):
         for key, shape in shapes.items():
@@ -262,8 +263,6 @@ class LoRAAdapter(KernelAdapter):
             self.square_norm.assign(square_norm)
 
     def call(self, inputs, outputs, reverse=False, training=None):
-        if self.dropout is not None:
-            inputs = self.dropout(inputs, training=training)
         dtype = outputs.dtype
         strength = ops.cast(self.strength, dtype)
         if not self.decompose:
@@ -292,23 +291,34 @@ class LoRAAdapter(KernelAdapter):
         bias = bias * ops.cast(strength * self.scale, change.dtype)
         return self.kernel.map_outputs(change, lambda rows: rows + bias)
 
+    @property
+    def downs(self):
+        """The factors that inputs are multiplied by."""
+        initial = [self.lora_initial_a] if self.residual else []
+        return [self.lora_kernel_a, *initial]
+
+    def dropped(self, inputs):
+        """The inputs of the layer, some of them zero while it trains."""
+        return inputs if self.dropout is None else self.dropout(inputs)
+
     def _low_rank(self, inputs, dtype, strength, reverse=False, gain=None):
-        kernel = self.kernel
-        product = kernel.low_rank_reverse if reverse else kernel.low_rank
-        if reverse or not isinstance(kernel, EmbeddingKernel):
-            inputs = ops.cast(inputs, dtype)
+        initial = [self.lora_initial_b] if self.residual else []
+        ups = [self.lora_kernel_b, *initial]
+        if gain is not None:
+            ups = [b * gain for b in ups]
         # The scale goes into what is small.
         scale = ops.cast(strength * self.scale, dtype)
-
-        def of(a, b):
-            b = b if gain is None else b * gain
-            b = ops.cast(b, dtype) * scale
-            return product(inputs, ops.cast(a, dtype), b)
-
-        change = of(self.lora_kernel_a, self.lora_kernel_b)
-        if self.residual:
-            change = change - of(self.lora_initial_a, self.lora_initial_b)
-        return change
+        ups = [ops.cast(b, dtype) * scale for b in ups]
+        if reverse:
+            inputs = ops.cast(self.dropped(inputs), dtype)
+            changes = [
+                self.kernel.low_rank_reverse(inputs, ops.cast(a, dtype), b)
+                for a, b in zip(self.downs, ups, strict=True)
+            ]
+        else:
+            changes = self.kernel.layer.low_rank(self, inputs, ups)
+        change, *initial = changes
+        return change - initial[0] if initial else change
 
     def _gain(self):
         """`magnitude / norm`, without forming the merged kernel.

@@ -8,6 +8,8 @@ from keras_peft.processes import is_data_parallel
 # Steps that are done as ever before one is recorded: what is made once, such
 # as an optimizer's slots and a library's workspace, is made in them.
 _WARM = 3
+# Answered by a model whose steps are recorded.
+_MARK = "is_recorded"
 
 
 def capture_steps(model: keras.Model) -> keras.Model:
@@ -22,7 +24,9 @@ def capture_steps(model: keras.Model) -> keras.Model:
     A recording keeps the memory of a step for good. What asks the GPU for a
     number in the middle of a step cannot be recorded: dropout, which Keras
     seeds so, gradient accumulation and dynamic loss scaling. For these, leave
-    it out. `keras_peft.training.restore` undoes it.
+    it out. `keras_peft.training.restore` undoes it. With
+    `keras_peft.training.data_parallel`, before or after, each process records
+    its own steps, what it sends to the others included.
 
     Args:
         model: A built model.
@@ -39,9 +43,9 @@ def capture_steps(model: keras.Model) -> keras.Model:
     >>> causal_lm.fit(inputs, targets)
     """
     check_capture(model)
-    layer_tree.replace_method(
-        model, "make_train_function", _make_function, "steps recorded"
-    )
+    layer_tree.replace_method(model, _MARK, is_recorded, "steps recorded")
+    if not is_data_parallel(model):  # Which asks whether they are recorded.
+        layer_tree.replace_method(model, "make_train_function", _make_function)
     layer_tree.forget_compiled(model, optimizer=False)
     return model
 
@@ -53,11 +57,6 @@ def check_capture(model: keras.Model) -> None:
             "Steps are recorded by torch on a GPU of NVIDIA; JAX and "
             "TensorFlow compile them anyway. Leave it out here. Received: "
             f"backend {keras.config.backend()!r}, without such a GPU"
-        )
-    if is_data_parallel(model):
-        raise ValueError(
-            "Steps that are recorded send nothing to other processes. Leave "
-            f"it out. Received: model={model.name!r} with `data_parallel`"
         )
     if layer_tree.is_random(model):
         raise ValueError(
@@ -75,14 +74,23 @@ def _has_gpu():
     return torch.cuda.is_available()
 
 
+def is_recorded(model: keras.Model) -> bool:
+    """Whether `capture_steps` is on `model`."""
+    return layer_tree.is_replaced(model, _MARK)
+
+
 def _make_function(model, force=False):
     if model.train_function is None or force:
         layer_tree.method_of_class(model, "make_train_function")(force)
-        model.train_function = _Recorder(model)
+        model.train_function = Recorder(model)
 
 
-class _Recorder:
-    """Called with batches, as a training function of Keras."""
+class Recorder:
+    """Called with batches, as a training function of Keras.
+
+    What else a step depends on are the other arguments, numbers: for each of
+    their values there is a recording.
+    """
 
     def __init__(self, model):
         import torch
@@ -96,22 +104,22 @@ class _Recorder:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
 
-    def __call__(self, data):
+    def __call__(self, data, *settings):
         import torch
 
         batch = keras.tree.map_structure(_on_gpu, data[0])
         tensors = [t for t in keras.tree.flatten(batch) if t is not None]
-        shapes = tuple((tuple(t.shape), t.dtype) for t in tensors)
-        if shapes not in self.recordings:
-            count = self.seen[shapes] = self.seen.get(shapes, 0) + 1
+        kind = (settings, *((tuple(t.shape), t.dtype) for t in tensors))
+        if kind not in self.recordings:
+            count = self.seen[kind] = self.seen.get(kind, 0) + 1
             if count <= _WARM:
                 self.stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self.stream), self.constants:
                     logs = self.model.train_step(batch)
                 torch.cuda.current_stream().wait_stream(self.stream)
                 return logs
-            self.recordings[shapes] = self._record(batch)
-        read, graph, logs = self.recordings[shapes]
+            self.recordings[kind] = self._record(batch)
+        read, graph, logs = self.recordings[kind]
         for place, tensor in zip(read, tensors, strict=True):
             place.copy_(tensor)
         graph.replay()
@@ -126,7 +134,11 @@ class _Recorder:
         # A recording has memory of its own.
         torch.cuda.empty_cache()
         try:
-            with torch.cuda.graph(graph, pool=self.pool), self.constants:
+            # Other threads may ask the GPU: NCCL's own watches its work.
+            recording = torch.cuda.graph(
+                graph, pool=self.pool, capture_error_mode="thread_local"
+            )
+            with recording, self.constants:
                 logs = self.model.train_step(batch)
         except RuntimeError as error:
             raise RuntimeError(

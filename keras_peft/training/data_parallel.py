@@ -9,7 +9,8 @@ import numpy as np
 
 from keras_peft import layer_tree
 from keras_peft.adapted_model import trained_norms
-from keras_peft.processes import is_data_parallel
+from keras_peft.training.capture import Recorder
+from keras_peft.training.capture import is_recorded
 
 _WHY = "batches shared by processes"
 
@@ -36,7 +37,9 @@ def data_parallel(model: keras.Model) -> keras.Model:
     called in place of a model, and so not by `fit`. What travels are the
     gradients of what trains, as one message. A loss that divides by something
     else than rows, such as tokens that a mask keeps, is averaged by rows
-    nevertheless. Random numbers of dropout differ between processes.
+    nevertheless. Random numbers of dropout differ between processes. Steps
+    can be recorded (`keras_peft.training.capture_steps`): on torch, saying
+    each operation anew is what a step waits for.
 
     `keras_peft.training.restore` undoes it.
 
@@ -47,10 +50,9 @@ def data_parallel(model: keras.Model) -> keras.Model:
         `model`.
 
     Raises:
-        ValueError: if the backend is not torch, torch's processes are not
-            initialized, or steps are recorded (`capture_steps`); in `fit`, if
-            the loss is a sum over rows, or the model is compiled with
-            `jit_compile=True`.
+        ValueError: if the backend is not torch, or torch's processes are not
+            initialized; in `fit`, if the loss is a sum over rows, or the model
+            is compiled with `jit_compile=True`.
 
     Example:
     >>> torch.distributed.init_process_group()  # torchrun starts the processes
@@ -61,7 +63,6 @@ def data_parallel(model: keras.Model) -> keras.Model:
     >>> causal_lm.fit(inputs, targets, batch_size=32)
     """
     _check_processes(model)
-    _check_not_recorded(model)
     for name, method in _METHODS.items():
         layer_tree.replace_method(model, name, method, _WHY)
     layer_tree.forget_compiled(model, optimizer=False)
@@ -92,16 +93,6 @@ def _check_processes(model):
         )
 
 
-def _check_not_recorded(model):
-    recorded = layer_tree.is_replaced(model, "make_train_function")
-    if recorded and not is_data_parallel(model):
-        raise ValueError(
-            "Steps that are recorded send nothing to other processes. Call "
-            "`keras_peft.training.prepare` without `capture` first. "
-            f"Received: model={model.name!r}, whose steps are recorded"
-        )
-
-
 def _make_train_function(model, force=False):
     is_new = force or model.train_function is None
     if is_new:
@@ -109,9 +100,15 @@ def _make_train_function(model, force=False):
     layer_tree.method_of_class(model, "make_train_function")(force)
     if is_new:
         _start_alike(model)
+        function = model.train_function
+        compute = Recorder(model) if is_recorded(model) else _plain(function)
         model.train_function = functools.partial(
-            _train, model, _statistics(model), model.train_function
+            _train, model, _statistics(model), compute
         )
+
+
+def _plain(function):
+    return lambda data, weight: function(data)
 
 
 def _make_test_function(model, force=False):
@@ -172,7 +169,7 @@ def _start_alike(model):
 def _train(model, statistics, compute, data):
     share, weight = _share(data)
     with _own_random_numbers(), _averaging(model.optimizer, weight):
-        logs = compute(share)
+        logs = compute(share, weight)
     _average(statistics)
     return logs
 

@@ -19,6 +19,7 @@ from keras_peft.training.rematerialize import blocks_of
 from keras_peft.training.rematerialize import rematerialize
 from keras_peft.training.segments import replace_methods
 from keras_peft.training.segments import separable_parts
+from keras_peft.training.shared_inputs import read_inputs_once
 
 
 def prepare(
@@ -99,6 +100,7 @@ def prepare(
     is_parallel = is_data_parallel(model)
     restore(model)
     gather_weights(model)
+    read_inputs_once(model)
     if is_xla_on_gpu:
         add_in_products(model)
     if is_parallel:

@@ -13,13 +13,17 @@ _POLICIES = ("full", "dots")
 # A product that sums a sixteenth of what it spans is cheap: that with the
 # second factor of an adapter.
 _THIN = 16
+# And one that is a sixteenth of what it is made of takes little memory: that
+# with the first factor.
+_SMALL = 16
 
 
 def rematerialize(model: keras.Model, policy: str = "full") -> keras.Model:
     """Keeps less between the forward and the backward pass, in place.
 
-    Of every transformer block only the inputs are kept; its activations are
-    computed a second time when the backward pass gets there. That takes the
+    Of every transformer block only the inputs are kept (on JAX, what adapters
+    multiply them to as well); its activations are computed a second time when
+    the backward pass gets there. That takes the
     memory of activations from all blocks to that of one, for up to another
     forward pass. Losses and gradients stay the same, dropout included: both
     passes draw the same random numbers.
@@ -78,7 +82,23 @@ def _call(remat, block, *args, **kwargs):
 
 
 def _full(function):
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.checkpoint(function, policy=_keeps_small_on_jax)
     return keras.remat(function)
+
+
+def _keeps_small_on_jax(operation, *arrays, **settings):
+    """Keeps what adapters make of inputs: small, and slow to make again."""
+    if operation.name != "dot_general":
+        return False
+    summed, batch = settings["dimension_numbers"]
+    if any(batch):
+        return False
+    sizes = [array.size for array in arrays]
+    sums = math.prod(arrays[0].shape[axis] for axis in summed[0])
+    return math.prod(sizes) // sums**2 * _SMALL <= max(sizes)
 
 
 def _dots(function):

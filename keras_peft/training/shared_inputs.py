@@ -1,0 +1,140 @@
+"""Adapters of several layers that read the same inputs once."""
+
+import functools
+import itertools
+
+import keras
+from keras import ops
+
+from keras_peft import layer_tree
+from keras_peft.blocks import find_blocks
+
+_WHY = "inputs that layers share read once by their adapters"
+
+
+def read_inputs_once(model: keras.Model) -> None:
+    """Lets adapters of query, key and value share a product, in place.
+
+    So do those of a gate and of what it gates. With the factors `A` side by
+    side, the first layer computes `x @ [A1, A2, A3]` for all: `x` is many times
+    the size of what comes out, and to read it takes the time. Adapters of one
+    dropout rate then drop the same inputs. In training alone.
+    """
+    layers = layer_tree.layers_by_path(model)
+    for block in find_blocks(layers):
+        groups = [(a.query, a.key, a.value) for a in block.attention]
+        for paths in (*groups, block.feed_forward_inputs):
+            members = [layers[path] for path in paths if path is not None]
+            shared = _SharedInputs(members)
+            for layer in members if len(members) > 1 else ():
+                layer_tree.replace_method(layer, "read", shared.read, _WHY)
+                layer_tree.replace_method(layer, "low_rank", shared.low_rank)
+    layer_tree.forget_compiled(model, optimizer=False)
+
+
+class _SharedInputs:
+    """What layers, and adapters of them, make of the inputs of one call.
+
+    Layers are known to share inputs when they are called with the same array.
+    What was made for a layer that is not called, or with another array, was
+    for nothing, and costs next to nothing.
+
+    Attributes:
+        layers: The layers.
+        inputs: The array that the last of them was called with, until all
+            have been: then nothing is kept alive.
+        copies: `{id of a layer: the same, for its own kernel}`.
+        copy: The same, for adapters.
+        hidden: `{id of an adapter: [inputs @ A for each A]}`, once known.
+    """
+
+    def __init__(self, layers):
+        self.layers = layers
+        self.inputs = None
+
+    def read(self, layer, inputs):
+        """The inputs of a layer, as its own kernel is to read them."""
+        if not layer_tree.is_training(layer) or not _factored(layer):
+            return inputs
+        if self.inputs is not inputs or id(layer) not in self.copies:
+            sharing = [la for la in self.layers if _factored(la)]
+            *copies, self.copy = _copies(inputs, len(sharing) + 1)
+            self.copies = dict(zip(map(id, sharing), copies, strict=True))
+            self.inputs, self.hidden = inputs, None
+        return self.copies.pop(id(layer))
+
+    def low_rank(self, layer, adapter, inputs, ups):
+        """`[inputs @ A @ B for each A and B]` of an adapter of a layer."""
+        if self.inputs is not inputs or not layer_tree.is_training(layer):
+            alone = layer_tree.method_of_class(layer, "low_rank")
+            return alone(adapter, inputs, ups)
+        if self.hidden is None or id(adapter) not in self.hidden:
+            self.hidden = self._products(ups[0].dtype)
+        hidden = self.hidden.pop(id(adapter))
+        if not self.hidden:
+            self.inputs = self.copy = None
+        up = adapter.kernel.up
+        return [up(h, b) for h, b in zip(hidden, ups, strict=True)]
+
+    def _products(self, dtype):
+        adapters = [a for layer in self.layers for a in _factored(layer)]
+        alike = {}
+        for adapter in adapters:
+            rate = adapter.dropout.rate if adapter.dropout else 0.0
+            alike.setdefault((rate, adapter.kernel.reads), []).append(adapter)
+        found = {}
+        for some in alike.values():
+            factors = [ops.cast(a, dtype) for each in some for a in each.downs]
+            inputs = ops.cast(some[0].dropped(self.copy), dtype)
+            joint = some[0].kernel.down(
+                inputs, ops.concatenate(factors, axis=1)
+            )
+            parts = iter(_split(joint, [a.shape[1] for a in factors]))
+            found |= {id(a): [next(parts) for _ in a.downs] for a in some}
+        return found
+
+
+def _factored(layer):
+    """The adapters of a layer that multiply its inputs by thin factors."""
+    if not layer_tree.is_adapted(layer):
+        return []
+    return [a for a in layer.adapters.values() if hasattr(a, "downs")]
+
+
+def _split(joint, sizes):
+    if len(sizes) == 1:
+        return [joint]
+    if keras.config.backend() == "torch":  # Keras asks the GPU for the sizes.
+        return joint.split(sizes, dim=-1)
+    *ends, _ = itertools.accumulate(sizes)
+    return ops.split(joint, ends, axis=-1)
+
+
+def _copies(inputs, count):
+    """`inputs` a number of times, each with a gradient of its own."""
+    if keras.config.backend() != "jax":
+        return [inputs] * count
+    return _apart()(inputs, count)
+
+
+@functools.cache
+def _apart():
+    import jax
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def apart(inputs, count):
+        return [inputs] * count
+
+    def forward(inputs, count):
+        return [inputs] * count, None
+
+    # In an order in which XLA adds each product to those before as it
+    # computes it. That of JAX's own sums takes kernels that only add.
+    def backward(count, _, gradients):
+        *others, total = gradients
+        for gradient in others:
+            total = gradient + total
+        return (total,)
+
+    apart.defvjp(forward, backward)
+    return apart
