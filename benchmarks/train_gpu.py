@@ -80,10 +80,6 @@ GROUPS = (
         "enable_lora": ("jax", dict(lora="keras")),
         "adapted": ("jax", {}),
         "prepared, bare step": ("jax", dict(prepare={}, bare=True)),
-        "prepared, bottleneck": (
-            "jax",
-            dict(prepare={}, method=("BottleneckAdapter", dict(reduction=32))),
-        ),
     },
     {
         "prepared, dropout": (
@@ -95,6 +91,10 @@ GROUPS = (
     },
     {
         "full": ("jax", dict(lora=None)),
+        "prepared, bottleneck": (
+            "jax",
+            dict(prepare={}, method=("BottleneckAdapter", dict(reduction=32))),
+        ),
         "prepared, DoRA": (
             "jax",
             dict(prepare={}, method=("LoRA", dict(rank=16, decompose=True))),
