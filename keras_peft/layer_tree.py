@@ -317,11 +317,11 @@ class AdaptedLayer:
         adapters = self._adapters_of(KernelAdapter)
         return self._add_changes(adapters, inputs, (), {}, False)[1]
 
-    def read(self, inputs):
+    def kernel_inputs(self, inputs):
         """`inputs`, for the layer's own kernel."""
         return inputs
 
-    def low_rank(self, adapter, inputs, ups):
+    def low_rank_products(self, adapter, inputs, ups):
         """`[inputs @ A @ B for each A and B]` of a pair or two of an adapter.
 
         `ups` are what each `B` is now, in the dtype to compute in.
@@ -363,7 +363,7 @@ class AdaptedLayer:
         """`(outputs of the base, outputs with every adapter's change)`."""
         moving = [adapter for adapter in adapters if adapter.on_inputs]
         adding = [adapter for adapter in adapters if not adapter.on_inputs]
-        moved = inputs if moving else self.read(inputs)
+        moved = inputs if moving else self.kernel_inputs(inputs)
         for adapter in moving:
             moved = moved + self._in_rows(adapter, adapter(inputs))
         changed = outputs = self._call_base(moved, *args, **kwargs)

@@ -102,8 +102,9 @@ def test_it_is_a_part_of_prepare(remat):
 def groups(model):
     """What is kept of shared inputs, group by group."""
     layers = layer_tree.layers_by_path(model).values()
-    reads = [vars(la)["read"] for la in layers if "read" in vars(la)]
-    return list({id(r.func.__self__): r.func.__self__ for r in reads}.values())
+    reads = [vars(layer).get("kernel_inputs") for layer in layers]
+    found = [read.func.__self__ for read in reads if read is not None]
+    return list({id(group): group for group in found}.values())
 
 
 @pytest.mark.slice

@@ -316,7 +316,7 @@ class LoRAAdapter(KernelAdapter):
                 for a, b in zip(self.downs, ups, strict=True)
             ]
         else:
-            changes = self.kernel.layer.low_rank(self, inputs, ups)
+            changes = self.kernel.layer.low_rank_products(self, inputs, ups)
         change, *initial = changes
         return change - initial[0] if initial else change
 

@@ -9,7 +9,7 @@ from keras_peft.processes import is_data_parallel
 # as an optimizer's slots and a library's workspace, is made in them.
 _WARM = 3
 # Answered by a model whose steps are recorded.
-_MARK = "is_recorded"
+_MARK = "keras_peft_records_steps"
 
 
 def capture_steps(model: keras.Model) -> keras.Model:

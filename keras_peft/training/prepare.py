@@ -36,10 +36,12 @@ def prepare(
     Then `compile` and `fit` as ever. Nothing of it is in what is saved, be it
     the model or an adapter; adapters can be added, merged and removed before
     and after. `keras_peft.training.restore` undoes it, and a second call
-    replaces the first. Under `keras_peft.training.FullyShardedDataParallel`,
-    layers also put their kernels together before they compute, so that no
-    activations travel. On JAX with a GPU, the step is compiled with products
-    by cuBLAS, which adds what adapters change as it writes.
+    replaces the first. Adapters of layers that share inputs, such as query, key
+    and value, read them once; of one dropout rate, they drop the same. Under
+    `keras_peft.training.FullyShardedDataParallel`, layers also put their
+    kernels together before they compute, so that no activations travel. On JAX
+    with a GPU, the step is compiled with products by cuBLAS, which adds what
+    adapters change as it writes.
 
     Args:
         model: A built model, adapted or not.

@@ -27,8 +27,8 @@ def read_inputs_once(model: keras.Model) -> None:
             members = [layers[path] for path in paths if path is not None]
             shared = _SharedInputs(members)
             for layer in members if len(members) > 1 else ():
-                layer_tree.replace_method(layer, "read", shared.read, _WHY)
-                layer_tree.replace_method(layer, "low_rank", shared.low_rank)
+                for name, method in shared.methods.items():
+                    layer_tree.replace_method(layer, name, method, _WHY)
     layer_tree.forget_compiled(model, optimizer=False)
 
 
@@ -41,6 +41,7 @@ class _SharedInputs:
 
     Attributes:
         layers: The layers.
+        methods: `{name: what answers it for each of them}`.
         inputs: The array that the last of them was called with, until all
             have been: then nothing is kept alive.
         copies: `{id of a layer: the same, for its own kernel}`.
@@ -51,8 +52,12 @@ class _SharedInputs:
     def __init__(self, layers):
         self.layers = layers
         self.inputs = None
+        self.methods = {
+            "kernel_inputs": self.kernel_inputs,
+            "low_rank_products": self.low_rank_products,
+        }
 
-    def read(self, layer, inputs):
+    def kernel_inputs(self, layer, inputs):
         """The inputs of a layer, as its own kernel is to read them."""
         if not layer_tree.is_training(layer) or not _factored(layer):
             return inputs
@@ -63,10 +68,10 @@ class _SharedInputs:
             self.inputs, self.hidden = inputs, None
         return self.copies.pop(id(layer))
 
-    def low_rank(self, layer, adapter, inputs, ups):
+    def low_rank_products(self, layer, adapter, inputs, ups):
         """`[inputs @ A @ B for each A and B]` of an adapter of a layer."""
         if self.inputs is not inputs or not layer_tree.is_training(layer):
-            alone = layer_tree.method_of_class(layer, "low_rank")
+            alone = layer_tree.method_of_class(layer, "low_rank_products")
             return alone(adapter, inputs, ups)
         if self.hidden is None or id(adapter) not in self.hidden:
             self.hidden = self._products(ups[0].dtype)
