@@ -322,18 +322,8 @@ class AdaptedLayer:
         return inputs
 
     def low_rank_products(self, adapter, inputs, ups):
-        """`[inputs @ A @ B for each A and B]` of a pair or two of an adapter.
-
-        `ups` are what each `B` is now, in the dtype to compute in.
-        """
-        kernel, dtype = adapter.kernel, ups[0].dtype
-        inputs = adapter.dropped(inputs)
-        if not isinstance(self, keras.layers.Embedding):
-            inputs = keras.ops.cast(inputs, dtype)
-        return [
-            kernel.low_rank(inputs, keras.ops.cast(a, dtype), b)
-            for a, b in zip(adapter.downs, ups, strict=True)
-        ]
+        """`adapter.products(inputs, ups)`."""
+        return adapter.products(inputs, ups)
 
     def _adapters_of(self, kind):
         return [a for a in self.adapters.values() if isinstance(a, kind)]

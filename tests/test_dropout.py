@@ -19,8 +19,8 @@ def dropped(layer, training=True, dtype="float32"):
     assert keras.backend.standardize_dtype(outputs.dtype) == dtype
     found = keras.ops.convert_to_numpy(keras.ops.cast(outputs, "float32"))
     kept = found[found != 0]
-    factor = keras.ops.cast(keras.ops.ones(()) / (1 - RATE), dtype)
     if training:
+        factor = keras.ops.cast(keras.ops.ones(()) / (1 - RATE), dtype)
         # To one rounding of half precision.
         assert np.allclose(kept, float(factor), rtol=2**-8)
     return found == 0

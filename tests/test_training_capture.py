@@ -1,13 +1,10 @@
 """Laws of steps that a GPU repeats by itself."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
 from test_training_distribution import TORCHRUN
+from test_training_distribution import hold
 
 import keras_peft
 
@@ -66,14 +63,7 @@ def test_recorded_steps_train_as_others_do(remat):
 
 @pytest.mark.skipif(gpus() < 2, reason="needs torch and two GPUs")
 def test_laws_hold_in_two_processes():
-    laws = Path(__file__).parent / "devices" / "laws_torch_gpus.py"
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, "-m", "pytest", "-x", "-q", str(laws)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    hold("laws_torch_gpus.py", TORCHRUN)
 
 
 @pytest.mark.skipif(not has_gpu(), reason="needs torch and a GPU")

@@ -17,18 +17,24 @@ FLAGS = {"jax": {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-@pytest.mark.slice
-def test_laws_hold_on_several_devices():
-    laws = Path(__file__).parent / "devices" / f"laws_{BACKEND}.py"
-    launch = TORCHRUN if BACKEND == "torch" else []
+def hold(name, launch=(), **env):
+    """Runs a file of `tests/devices`, and asserts that it passes."""
+    laws = Path(__file__).parent / "devices" / name
     done = subprocess.run(
         [sys.executable, *launch, "-m", "pytest", "-x", "-q", str(laws)],
-        env={**os.environ, **FLAGS.get(BACKEND, {}), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slice
+def test_laws_hold_on_several_devices():
+    launch = TORCHRUN if BACKEND == "torch" else []
+    flags = FLAGS.get(BACKEND, {})
+    hold(f"laws_{BACKEND}.py", launch, **flags, OMP_NUM_THREADS="1")
 
 
 def test_other_backends_are_told_what_to_use():

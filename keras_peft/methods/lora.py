@@ -292,20 +292,37 @@ class LoRAAdapter(KernelAdapter):
         return self.kernel.map_outputs(change, lambda rows: rows + bias)
 
     @property
+    def all_pairs(self):
+        """`pairs`, and one whose product is taken off again, if any."""
+        if not self.residual:
+            return self.pairs
+        return [*self.pairs, (self.lora_initial_a, self.lora_initial_b)]
+
+    @property
     def downs(self):
         """The factors that inputs are multiplied by."""
-        initial = [self.lora_initial_a] if self.residual else []
-        return [self.lora_kernel_a, *initial]
+        return [a for a, _ in self.all_pairs]
+
+    def products(self, inputs, ups):
+        """`[inputs @ A @ B for each A and B]`.
+
+        `ups` are what each `B` is now, in the dtype to compute in.
+        """
+        kernel, dtype = self.kernel, ups[0].dtype
+        inputs = self.dropped(inputs)
+        if not isinstance(kernel, EmbeddingKernel):
+            inputs = ops.cast(inputs, dtype)
+        return [
+            kernel.low_rank(inputs, ops.cast(a, dtype), b)
+            for a, b in zip(self.downs, ups, strict=True)
+        ]
 
     def dropped(self, inputs):
         """The inputs of the layer, some of them zero while it trains."""
         return inputs if self.dropout is None else self.dropout(inputs)
 
     def _low_rank(self, inputs, dtype, strength, reverse=False, gain=None):
-        initial = [self.lora_initial_b] if self.residual else []
-        ups = [self.lora_kernel_b, *initial]
-        if gain is not None:
-            ups = [b * gain for b in ups]
+        ups = [b if gain is None else b * gain for _, b in self.all_pairs]
         # The scale goes into what is small.
         scale = ops.cast(strength * self.scale, dtype)
         ups = [ops.cast(b, dtype) * scale for b in ups]

@@ -23,10 +23,9 @@ def rematerialize(model: keras.Model, policy: str = "full") -> keras.Model:
 
     Of every transformer block only the inputs are kept (on JAX, what adapters
     multiply them to as well); its activations are computed a second time when
-    the backward pass gets there. That takes the
-    memory of activations from all blocks to that of one, for up to another
-    forward pass. Losses and gradients stay the same, dropout included: both
-    passes draw the same random numbers.
+    the backward pass gets there. That takes the memory of activations from all
+    blocks to that of one, for up to another forward pass. Losses and gradients
+    stay the same, dropout included: both passes draw the same random numbers.
 
     It acts in training alone. What is saved knows nothing of it, adapters may
     come and go, and `keras_peft.training.restore` undoes it.
@@ -91,14 +90,11 @@ def _full(function):
 
 def _keeps_small_on_jax(operation, *arrays, **settings):
     """Keeps what adapters make of inputs: small, and slow to make again."""
-    if operation.name != "dot_general":
+    if not _is_product_on_jax(operation, *arrays, **settings):
         return False
-    summed, batch = settings["dimension_numbers"]
-    if any(batch):
-        return False
-    sizes = [array.size for array in arrays]
-    sums = math.prod(arrays[0].shape[axis] for axis in summed[0])
-    return math.prod(sizes) // sums**2 * _SMALL <= max(sizes)
+    factors = _factors_on_jax(arrays, settings)
+    made = math.prod(size // summed for summed, size in factors)
+    return bool(factors) and made * _SMALL <= max(size for _, size in factors)
 
 
 def _dots(function):
@@ -121,20 +117,28 @@ def _dots(function):
 
 
 def _keeps_on_jax(operation, *arrays, **settings):
+    if not _is_product_on_jax(operation, *arrays, **settings):
+        return False
+    factors = _factors_on_jax(arrays, settings)
+    return not factors or not _is_thin(factors)
+
+
+def _is_product_on_jax(operation, *arrays, **settings):
     import jax
 
     product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    if not product(operation, *arrays, **settings):
-        return False
+    return product(operation, *arrays, **settings)
+
+
+def _factors_on_jax(arrays, settings):
+    """`[(what it sums, its size)]` of each factor, as far as that is known."""
     if "dimension_numbers" not in settings:
-        return True
+        return []
     summed, _ = settings["dimension_numbers"]
-    return not _is_thin(
-        [
-            (math.prod(array.shape[axis] for axis in axes), array.size)
-            for array, axes in zip(arrays, summed, strict=True)
-        ]
-    )
+    return [
+        (math.prod(array.shape[axis] for axis in axes), array.size)
+        for array, axes in zip(arrays, summed, strict=True)
+    ]
 
 
 def _is_thin(factors):

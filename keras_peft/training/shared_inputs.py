@@ -20,16 +20,23 @@ def read_inputs_once(model: keras.Model) -> None:
     the size of what comes out, and to read it takes the time. Adapters of one
     dropout rate then drop the same inputs. In training alone.
     """
-    layers = layer_tree.layers_by_path(model)
+    for group in _groups(layer_tree.layers_by_path(model)):
+        shared = _SharedInputs(group)
+        for layer in group:
+            for name in ("kernel_inputs", "low_rank_products"):
+                method = getattr(shared, name)
+                layer_tree.replace_method(layer, name, method, _WHY)
+    layer_tree.forget_compiled(model, optimizer=False)
+
+
+def _groups(layers):
+    """Lists of two or more layers that may share inputs."""
     for block in find_blocks(layers):
         groups = [(a.query, a.key, a.value) for a in block.attention]
         for paths in (*groups, block.feed_forward_inputs):
-            members = [layers[path] for path in paths if path is not None]
-            shared = _SharedInputs(members)
-            for layer in members if len(members) > 1 else ():
-                for name, method in shared.methods.items():
-                    layer_tree.replace_method(layer, name, method, _WHY)
-    layer_tree.forget_compiled(model, optimizer=False)
+            group = [layers[path] for path in paths if path is not None]
+            if len(group) > 1:
+                yield group
 
 
 class _SharedInputs:
@@ -41,7 +48,6 @@ class _SharedInputs:
 
     Attributes:
         layers: The layers.
-        methods: `{name: what answers it for each of them}`.
         inputs: The array that the last of them was called with, until all
             have been: then nothing is kept alive.
         copies: `{id of a layer: the same, for its own kernel}`.
@@ -52,10 +58,6 @@ class _SharedInputs:
     def __init__(self, layers):
         self.layers = layers
         self.inputs = None
-        self.methods = {
-            "kernel_inputs": self.kernel_inputs,
-            "low_rank_products": self.low_rank_products,
-        }
 
     def kernel_inputs(self, layer, inputs):
         """The inputs of a layer, as its own kernel is to read them."""
@@ -65,15 +67,14 @@ class _SharedInputs:
             sharing = [la for la in self.layers if _factored(la)]
             *copies, self.copy = _copies(inputs, len(sharing) + 1)
             self.copies = dict(zip(map(id, sharing), copies, strict=True))
-            self.inputs, self.hidden = inputs, None
+            self.inputs, self.hidden = inputs, {}
         return self.copies.pop(id(layer))
 
     def low_rank_products(self, layer, adapter, inputs, ups):
-        """`[inputs @ A @ B for each A and B]` of an adapter of a layer."""
+        """`adapter.products(inputs, ups)`, for an adapter of a layer."""
         if self.inputs is not inputs or not layer_tree.is_training(layer):
-            alone = layer_tree.method_of_class(layer, "low_rank_products")
-            return alone(adapter, inputs, ups)
-        if self.hidden is None or id(adapter) not in self.hidden:
+            return adapter.products(inputs, ups)
+        if id(adapter) not in self.hidden:
             self.hidden = self._products(ups[0].dtype)
         hidden = self.hidden.pop(id(adapter))
         if not self.hidden:
