@@ -12,9 +12,9 @@ from keras_peft.training.causal_attention import attentions_of
 from keras_peft.training.causal_attention import causal_attention
 from keras_peft.training.chunked_loss import checked_split
 from keras_peft.training.chunked_loss import chunk_loss
+from keras_peft.training.compiled_step import compile_step
 from keras_peft.training.data_parallel import data_parallel
 from keras_peft.training.gathering import gather_weights
-from keras_peft.training.products import add_in_products
 from keras_peft.training.rematerialize import blocks_of
 from keras_peft.training.rematerialize import rematerialize
 from keras_peft.training.segments import replace_methods
@@ -39,9 +39,9 @@ def prepare(
     replaces the first. Adapters of layers that share inputs, such as query, key
     and value, read them once; of one dropout rate, they drop the same. Under
     `keras_peft.training.FullyShardedDataParallel`, layers also put their
-    kernels together before they compute, so that no activations travel. On JAX
-    with a GPU, the step is compiled with products by cuBLAS, which adds what
-    adapters change as it writes.
+    kernels together before they compute, so that no activations travel. On
+    JAX, the step is compiled so that its state stays in its place, and on a GPU
+    with products by cuBLAS, which adds what adapters change as it writes.
 
     Args:
         model: A built model, adapted or not.
@@ -85,10 +85,11 @@ def prepare(
             "`attention` must be 'auto', 'causal' or None. "
             f"Received: attention={attention!r}"
         )
-    is_xla_on_gpu = keras.config.backend() == "jax" and is_on_gpu()
+    is_jax = keras.config.backend() == "jax"
     if attention == "auto":
         layers = layer_tree.layers_by_path(model)
-        attention = "causal" if is_xla_on_gpu and find_blocks(layers) else None
+        is_faster = is_jax and is_on_gpu() and find_blocks(layers)
+        attention = "causal" if is_faster else None
     # What cannot be put on is found before anything is taken off.
     if loss is not None:
         checked_split(model, chunk_size)
@@ -103,8 +104,8 @@ def prepare(
     restore(model)
     gather_weights(model)
     read_inputs_once(model)
-    if is_xla_on_gpu:
-        add_in_products(model)
+    if is_jax:
+        compile_step(model)
     if is_parallel:
         data_parallel(model)
     if parts is not None:

@@ -1,0 +1,82 @@
+"""How JAX compiles a training step."""
+
+import functools
+
+import keras
+
+from keras_peft import layer_tree
+from keras_peft.replacing import replaced
+from keras_peft.training.attention_forms import is_on_gpu
+
+# XLA's own kernels leave each sum of a layer and its adapter to a kernel that
+# reads both once more; cuBLAS adds to what is there as it writes.
+_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
+
+def compile_step(model: keras.Model) -> None:
+    """Compiles the training step of `model`, on JAX, so that it copies less.
+
+    What a step is given and returns keeps its place in memory. On a GPU,
+    products are cuBLAS', which adds what adapters change as it writes, where
+    XLA knows the option. With DoRA, which multiplies each sum as well, that is
+    a kernel of its own in any case, and XLA is left to choose.
+    """
+    if keras.config.is_nnx_enabled():  # It has a compiler of its own.
+        return
+    options = _OPTIONS if is_on_gpu() and _is_known() else {}
+    why = "steps that leave their state in its place"
+    if options:
+        why = f"{why}; products by cuBLAS where adapters only add"
+    make = functools.partial(_make, options)
+    layer_tree.replace_method(model, "make_train_function", make, why)
+    layer_tree.forget_compiled(model, optimizer=False)
+
+
+def _is_known():
+    import jax
+
+    try:
+        jax.jit(lambda: 0, compiler_options=_OPTIONS)()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def _make(options, model, force=False):
+    from keras.src.backend.jax import trainer
+
+    is_dora = any(
+        getattr(adapter, "decompose", False)
+        for _, layer in layer_tree.adapted_layers(model)
+        for adapter in layer.adapters.values()
+    )
+    jit = functools.partial(trainer.jit, compiler_options=options)
+    jit = _in_place(trainer.jit if is_dora else jit)
+    with replaced(trainer, jit=jit):
+        layer_tree.method_of_class(model, "make_train_function")(force)
+
+
+def _in_place(jit):
+    """`jit` of a step that returns `(logs, state)`, compiled the other way.
+
+    JAX hands the memory of a step's arguments to what it returns, in order,
+    where shapes agree. Behind the logs, each scalar of the state would get the
+    memory of the one before, and be copied there by a kernel of its own.
+    """
+
+    def jit_step(step, out_shardings=None, **settings):
+        def state_first(*args):
+            logs, state = step(*args)
+            return state, logs
+
+        if out_shardings is not None:
+            out_shardings = out_shardings[::-1]
+        compiled = jit(state_first, out_shardings=out_shardings, **settings)
+
+        def logs_first(*args):
+            state, logs = compiled(*args)
+            return logs, state
+
+        return logs_first
+
+    return jit_step
