@@ -35,9 +35,7 @@ def adapted(**settings):
 
 def compiled_into(folder, monkeypatch):
     """Lets XLA write what it makes of steps into a folder."""
-    monkeypatch.setattr(
-        compiled_step, "_OPTIONS", {"xla_dump_to": str(folder)}
-    )
+    monkeypatch.setattr(compiled_step, "_OPTIONS", {"xla_dump_to": str(folder)})
 
 
 def steps_in(folder):

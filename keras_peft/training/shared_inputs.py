@@ -8,8 +8,11 @@ from keras import ops
 
 from keras_peft import layer_tree
 from keras_peft.blocks import find_blocks
+from keras_peft.kernels import DenseKernel
+from keras_peft.kernels import EinsumKernel
 
-_WHY = "inputs that layers share read once by their adapters"
+_SHARED = "inputs that layers share read once by their adapters"
+_ALONE = "gradients of inputs that products add to"
 
 
 def read_inputs_once(model: keras.Model) -> None:
@@ -19,14 +22,29 @@ def read_inputs_once(model: keras.Model) -> None:
     side, the first layer computes `x @ [A1, A2, A3]` for all: `x` is many times
     the size of what comes out, and to read it takes the time. Adapters of one
     dropout rate then drop the same inputs. In training alone.
+
+    On JAX, where cuBLAS adds as it writes, the gradient of an adapter comes
+    before that of its layer, also where that shares its inputs with no other:
+    thin products write in the time in which the others compute.
     """
-    for group in _groups(layer_tree.layers_by_path(model)):
-        shared = _SharedInputs(group)
-        for layer in group:
-            for name in ("kernel_inputs", "low_rank_products"):
-                method = getattr(shared, name)
-                layer_tree.replace_method(layer, name, method, _WHY)
+    layers = layer_tree.layers_by_path(model)
+    groups = list(_groups(layers))
+    for group in groups:
+        _share(group, _SHARED)
+    if keras.config.backend() == "jax":
+        grouped = {id(layer) for group in groups for layer in group}
+        for layer in layers.values():
+            if id(layer) not in grouped and _factored(layer):
+                _share([layer], _ALONE)
     layer_tree.forget_compiled(model, optimizer=False)
+
+
+def _share(layers, why):
+    shared = _SharedInputs(layers)
+    for layer in layers:
+        for name in ("kernel_inputs", "low_rank_products"):
+            method = getattr(shared, name)
+            layer_tree.replace_method(layer, name, method, why)
 
 
 def _groups(layers):
@@ -104,7 +122,12 @@ def _factored(layer):
     """The adapters of a layer that multiply its inputs by thin factors."""
     if not layer_tree.is_adapted(layer):
         return []
-    return [a for a in layer.adapters.values() if hasattr(a, "downs")]
+    return [
+        adapter
+        for adapter in layer.adapters.values()
+        if hasattr(adapter, "downs")
+        and type(adapter.kernel) in (DenseKernel, EinsumKernel)
+    ]
 
 
 def _split(joint, sizes):

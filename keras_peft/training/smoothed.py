@@ -1,4 +1,7 @@
-"""Cross-entropy of class numbers, smoothed."""
+"""Cross-entropy of class numbers, smoothed or not."""
+
+import functools
+from typing import Any
 
 import keras
 from keras import ops
@@ -49,23 +52,9 @@ class SmoothedCrossentropy(keras.losses.Loss):
         self.ignore_class = ignore_class
 
     def call(self, y_true, y_pred):
-        if len(y_true.shape) == len(y_pred.shape):
-            y_true = ops.squeeze(y_true, axis=-1)
-        classes = ops.cast(y_true, "int32")
-        valid = None
-        if self.ignore_class is not None:
-            valid = ops.not_equal(classes, self.ignore_class)
-            classes = ops.where(valid, classes, 0)
-        chosen = ops.take_along_axis(
-            y_pred, ops.expand_dims(classes, -1), axis=-1
+        return crossentropy(
+            y_true, y_pred, self.label_smoothing, self.ignore_class
         )
-        target = (1 - self.label_smoothing) * ops.squeeze(chosen, -1)
-        target = target + self.label_smoothing * ops.mean(y_pred, axis=-1)
-        losses = ops.logsumexp(y_pred, axis=-1) - target
-        if valid is not None:
-            losses = ops.where(valid, losses, 0.0)
-            set_keras_mask(losses, valid)
-        return losses
 
     def get_config(self):
         return {
@@ -73,3 +62,77 @@ class SmoothedCrossentropy(keras.losses.Loss):
             "label_smoothing": self.label_smoothing,
             "ignore_class": self.ignore_class,
         }
+
+
+def crossentropy(
+    y_true: Any,
+    y_pred: Any,
+    label_smoothing: float = 0.0,
+    ignore_class: int | None = None,
+) -> Any:
+    """`SmoothedCrossentropy` of each token, before it is reduced."""
+    if len(y_true.shape) == len(y_pred.shape):
+        y_true = ops.squeeze(y_true, axis=-1)
+    classes = ops.cast(y_true, "int32")
+    valid = None
+    if ignore_class is not None:
+        valid = ops.not_equal(classes, ignore_class)
+        classes = ops.where(valid, classes, 0)
+    is_jax = keras.config.backend() == "jax"
+    compute = _on_jax() if is_jax else _crossentropy
+    losses = compute(y_pred, classes, label_smoothing)
+    if valid is not None:
+        losses = ops.where(valid, losses, 0.0)
+        set_keras_mask(losses, valid)
+    return losses
+
+
+def _crossentropy(logits, classes, smoothing):
+    total = ops.logsumexp(logits, axis=-1)
+    return total - _target_logit(logits, classes, smoothing)
+
+
+def _target_logit(logits, classes, smoothing):
+    """The mean logit, by the shares that the classes have of the target."""
+    chosen = ops.take_along_axis(logits, ops.expand_dims(classes, -1), axis=-1)
+    found = (1 - smoothing) * ops.squeeze(chosen, -1)
+    if smoothing:
+        found = found + smoothing * ops.mean(logits, axis=-1)
+    return found
+
+
+@functools.cache
+def _on_jax():
+    """`_crossentropy`, with a gradient of one pass over the logits.
+
+    As Keras has it on JAX, a class that does not exist costs nothing.
+    """
+    import jax
+    from jax import numpy as jnp
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+    def compute(logits, classes, smoothing):
+        return forward(logits, classes, smoothing)[0]
+
+    def forward(logits, classes, smoothing):
+        exist = (classes >= 0) & (classes < logits.shape[-1])
+        total = ops.logsumexp(logits, axis=-1)
+        existing = jnp.where(exist, classes, 0)
+        losses = total - _target_logit(logits, existing, smoothing)
+        kept = logits, classes, total, exist
+        return jnp.where(exist, losses, 0), kept
+
+    def backward(smoothing, kept, upstream):
+        logits, classes, total, exist = kept
+        upstream = jnp.where(exist, upstream, 0)
+        axis = logits.ndim - 1
+        numbers = jax.lax.broadcasted_iota("int32", logits.shape, axis)
+        is_target = numbers == classes[..., None]
+        target = jnp.where(is_target, 1 - smoothing, 0)
+        target = target + smoothing / logits.shape[-1]
+        gradient = jnp.exp(logits - total[..., None]) - target
+        gradient = upstream[..., None] * gradient
+        return gradient.astype(logits.dtype), None
+
+    compute.defvjp(forward, backward)
+    return compute
