@@ -56,6 +56,16 @@ class DenseKernel:
             return self.variable.multiply(rows)
         return ops.matmul(rows, ops.cast(self.matrix(), rows.dtype))
 
+    def reader(self, dtype):
+        """`(parts, function)`, for products with gradients of their own.
+
+        `function(parts, tensor)` is the matrix, not had before `tensor` is if
+        it has to be computed from the parts.
+        """
+        if self.is_packed:
+            return self.variable.reader(dtype)
+        return [ops.cast(self.matrix(), dtype)], lambda parts, _: parts[0]
+
     def read(self):
         """The kernel as a float32 NumPy array of that shape."""
         return self.to_matrix(read(self.variable))

@@ -325,6 +325,12 @@ class AdaptedLayer:
         """`adapter.products(inputs, ups)`."""
         return adapter.products(inputs, ups)
 
+    def joined_outputs(self, adapters, inputs):
+        """What the layer and its adapters compute, as one product.
+
+        `None` where each computes its own.
+        """
+
     def _adapters_of(self, kind):
         return [a for a in self.adapters.values() if isinstance(a, kind)]
 
@@ -353,6 +359,10 @@ class AdaptedLayer:
         """`(outputs of the base, outputs with every adapter's change)`."""
         moving = [adapter for adapter in adapters if adapter.on_inputs]
         adding = [adapter for adapter in adapters if not adapter.on_inputs]
+        if adding and not moving:
+            joined = self.joined_outputs(adding, inputs)
+            if joined is not None:
+                return joined, joined
         moved = inputs if moving else self.kernel_inputs(inputs)
         for adapter in moving:
             moved = moved + self._in_rows(adapter, adapter(inputs))
@@ -535,6 +545,11 @@ def _alone(done, layer):
 def is_adapted(layer: keras.Layer) -> bool:
     """Whether `layer` itself carries adapters."""
     return isinstance(layer, AdaptedLayer)
+
+
+def variable_adapters(layer: keras.Layer) -> list[VariableAdapter]:
+    """The adapters that change variables of an adapted layer."""
+    return layer._adapters_of(VariableAdapter)
 
 
 def layers_by_path(model: keras.Layer) -> dict[str, keras.Layer]:

@@ -5,6 +5,7 @@ without a value of its own, so that whatever reads the kernel, or assigns to
 it, goes on as before.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -102,28 +103,38 @@ class PackedKernel(keras.Variable):
 
     def multiply(self, rows: Any) -> Any:
         """`rows @ matrix`; what is kept for the gradient are the parts."""
-        names = [name for name, _ in self._read()]
-        parts = [ops.convert_to_tensor(part) for _, part in self._read()]
+        dtype = keras.backend.standardize_dtype(rows.dtype)
+        parts, matrix = self.reader(dtype)
 
         @ops.custom_gradient
         def product(rows: Any, *parts: Any) -> Any:
-            dtype = keras.backend.standardize_dtype(rows.dtype)
-
-            def matrix(parts: Any) -> Any:
-                found = dict(zip(names, parts, strict=True))
-                return self.form.dequantize(found, dtype)
-
             def backward(*args: Any, upstream: Any = None) -> Any:
                 upstream = args[0] if upstream is None else upstream
-                later = _after(upstream, parts)
-                gradient = ops.matmul(upstream, ops.transpose(matrix(later)))
+                kernel = matrix(parts, upstream)
+                gradient = ops.matmul(upstream, ops.transpose(kernel))
                 return gradient, *(None for _ in parts)
 
-            return ops.matmul(rows, matrix(_after(rows, parts))), backward
+            return ops.matmul(rows, matrix(parts, rows)), backward
 
         *tokens, size = ops.shape(rows)
         outputs = product(ops.reshape(rows, (-1, size)), *parts)
         return ops.reshape(outputs, (*tokens, self.view.outputs))
+
+    def reader(self, dtype: str) -> tuple[list[Any], Callable]:
+        """`(parts, function)`: `function(parts, tensor)` is the matrix.
+
+        Not to be had before `tensor` is. Else a compiler computes kernels long
+        before they are needed, or finds that the backward pass computes what
+        the forward pass has computed, and keeps that in memory.
+        """
+        names = [name for name, _ in self._read()]
+
+        def matrix(parts: Any, tensor: Any) -> Any:
+            later = _after(tensor, parts)
+            found = dict(zip(names, later, strict=True))
+            return self.form.dequantize(found, dtype)
+
+        return [ops.convert_to_tensor(p) for _, p in self._read()], matrix
 
 
 def samples(tensor: Any) -> list[float]:
@@ -136,12 +147,7 @@ def samples(tensor: Any) -> list[float]:
 
 
 def _after(tensor: Any, parts: Any) -> Any:
-    """`parts`, not to be had before `tensor` is.
-
-    Else a compiler computes kernels long before they are needed, or finds that
-    the backward pass computes what the forward pass has computed, and keeps
-    that in memory.
-    """
+    """`parts`, not to be had before `tensor` is."""
     backend = keras.config.backend()
     if backend == "jax":
         import jax

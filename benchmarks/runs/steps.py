@@ -4,7 +4,7 @@ import time
 
 from runs.alone import device
 
-WARM, TIMED, TURNS = 4, 30, 2
+WARM, TIMED, TURNS = 4, 60, 2
 
 
 def seconds_per_step(path, train):

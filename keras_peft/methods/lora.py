@@ -1,5 +1,6 @@
 """LoRA, with its weight-decomposed and residual forms."""
 
+import functools
 import math
 
 import keras
@@ -321,11 +322,22 @@ class LoRAAdapter(KernelAdapter):
         """The inputs of the layer, some of them zero while it trains."""
         return inputs if self.dropout is None else self.dropout(inputs)
 
-    def _low_rank(self, inputs, dtype, strength, reverse=False, gain=None):
+    @property
+    def adds_products(self):
+        """Whether all it does is to add `products(inputs, ups(...))`."""
+        return not self.decompose and not self.use_bias
+
+    def ups(self, dtype, strength=None, gain=None):
+        """What each `B` adds, in `dtype`: less than nothing for the initial."""
+        strength = self.strength if strength is None else strength
         ups = [b if gain is None else b * gain for _, b in self.all_pairs]
         # The scale goes into what is small.
         scale = ops.cast(strength * self.scale, dtype)
-        ups = [ops.cast(b, dtype) * scale for b in ups]
+        up, *initial = (ops.cast(b, dtype) * scale for b in ups)
+        return [up, *(ops.negative(b) for b in initial)]
+
+    def _low_rank(self, inputs, dtype, strength, reverse=False, gain=None):
+        ups = self.ups(dtype, strength, gain)
         if reverse:
             inputs = ops.cast(self.dropped(inputs), dtype)
             changes = [
@@ -334,8 +346,7 @@ class LoRAAdapter(KernelAdapter):
             ]
         else:
             changes = self.kernel.layer.low_rank_products(self, inputs, ups)
-        change, *initial = changes
-        return change - initial[0] if initial else change
+        return functools.reduce(ops.add, changes)
 
     def _gain(self):
         """`magnitude / norm`, without forming the merged kernel.

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+from typing import Any
+from typing import NamedTuple
 
 import keras
 from keras import ops
@@ -10,6 +12,8 @@ from keras_peft import layer_tree
 from keras_peft.blocks import find_blocks
 from keras_peft.kernels import DenseKernel
 from keras_peft.kernels import EinsumKernel
+from keras_peft.training.joined_products import can_join
+from keras_peft.training.joined_products import joined
 
 _SHARED = "inputs that layers share read once by their adapters"
 _ALONE = "gradients of inputs that products add to"
@@ -42,7 +46,7 @@ def read_inputs_once(model: keras.Model) -> None:
 def _share(layers, why):
     shared = _SharedInputs(layers)
     for layer in layers:
-        for name in ("kernel_inputs", "low_rank_products"):
+        for name in ("kernel_inputs", "low_rank_products", "joined_outputs"):
             method = getattr(shared, name)
             layer_tree.replace_method(layer, name, method, why)
 
@@ -70,7 +74,7 @@ class _SharedInputs:
             have been: then nothing is kept alive.
         copies: `{id of a layer: the same, for its own kernel}`.
         copy: The same, for adapters.
-        hidden: `{id of an adapter: [inputs @ A for each A]}`, once known.
+        hidden: `{id of an adapter: inputs @ A, for each A of it}`, once known.
     """
 
     def __init__(self, layers):
@@ -92,13 +96,38 @@ class _SharedInputs:
         """`adapter.products(inputs, ups)`, for an adapter of a layer."""
         if self.inputs is not inputs or not layer_tree.is_training(layer):
             return adapter.products(inputs, ups)
+        parts = self._hidden(adapter, ups[0].dtype).parts
+        up = adapter.kernel.up
+        return [up(part, b) for (_, part), b in zip(parts, ups, strict=True)]
+
+    def joined_outputs(self, layer, adapters, inputs):
+        """What a layer and its adapters compute, where one product is best."""
+        if not layer_tree.is_training(layer):
+            return None
+        if not can_join(layer, adapters, inputs):
+            return None
+        moved = self.kernel_inputs(layer, inputs)
+        dtype, joints, ups = layer.compute_dtype, {}, {}
+        for adapter in adapters:
+            joint, parts = self._hidden(adapter, dtype)
+            joints[id(joint)] = joint
+            for (start, part), up in zip(
+                parts, adapter.ups(dtype), strict=True
+            ):
+                # Other columns are other layers', which share the copy.
+                rest = joint.shape[-1] - start - part.shape[-1]
+                up = ops.pad(up, ((start, rest), (0, 0)))
+                ups[id(joint)] = ups.get(id(joint), 0) + up
+        hidden = ops.concatenate([*joints.values()], axis=-1)
+        return joined(layer, moved, hidden, ops.concatenate([*ups.values()], 0))
+
+    def _hidden(self, adapter, dtype):
         if id(adapter) not in self.hidden:
-            self.hidden = self._products(ups[0].dtype)
+            self.hidden = self._products(dtype)
         hidden = self.hidden.pop(id(adapter))
         if not self.hidden:
             self.inputs = self.copy = None
-        up = adapter.kernel.up
-        return [up(h, b) for h, b in zip(hidden, ups, strict=True)]
+        return hidden
 
     def _products(self, dtype):
         adapters = [a for layer in self.layers for a in _factored(layer)]
@@ -113,9 +142,20 @@ class _SharedInputs:
             joint = some[0].kernel.down(
                 inputs, ops.concatenate(factors, axis=1)
             )
-            parts = iter(_split(joint, [a.shape[1] for a in factors]))
-            found |= {id(a): [next(parts) for _ in a.downs] for a in some}
+            sizes = [a.shape[1] for a in factors]
+            starts = itertools.accumulate(sizes, initial=0)
+            parts = zip(starts, _split(joint, sizes), strict=False)
+            for adapter in some:
+                own = [*itertools.islice(parts, len(adapter.downs))]
+                found[id(adapter)] = _Hidden(joint, own)
         return found
+
+
+class _Hidden(NamedTuple):
+    """`[(where a part begins, part)]` of one adapter, in what is of several."""
+
+    joint: Any
+    parts: list[tuple[int, Any]]
 
 
 def _factored(layer):
