@@ -13,7 +13,7 @@ import pytest
 from zoo import ZOO
 from zoo.run import hold
 
-CLASSES_PER_DAY = 8
+CLASSES_PER_DAY = 6
 COLUMNS = ("targets", "train", "generate", "save", "merge")
 
 TODAY = datetime.datetime.now(datetime.UTC).timetuple().tm_yday
