@@ -130,6 +130,32 @@ def test_others_are_left_to_themselves(method):
     np.testing.assert_array_equal(ours[0], theirs[0])
 
 
+def test_a_kernel_that_trains_gets_its_gradient():
+    x = inputs()
+    found, expected = (adapted(METHODS["lora"]) for _ in range(2))
+    expected.set_weights(found.get_weights())
+    for model in (found, expected):
+        model.layers[0]._kernel.trainable = True
+        assert len(model.trainable_variables) == 3
+    read_inputs_once(found)
+    _, _, *ours = outputs_and_gradients(found, x)
+    _, _, *theirs = outputs_and_gradients(expected, x)
+    for mine, other in zip(ours, theirs, strict=True):
+        size = np.abs(other).max()
+        assert size > 0
+        np.testing.assert_allclose(mine, other, atol=2**-24 * TOKENS * size)
+
+
+def test_rows_of_several_adapters_do_not_train():
+    model = adapted(METHODS["two"])
+    read_inputs_once(model)
+    with (
+        keras_peft.adapter_names(model, ["a0"]),
+        pytest.raises(ValueError, match="are for inference"),
+    ):
+        model(inputs(), training=True)
+
+
 @pytest.mark.parametrize(
     "tokens, inputs, outputs, joins",
     [

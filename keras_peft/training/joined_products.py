@@ -6,7 +6,6 @@ import keras
 from keras import ops
 
 from keras_peft import layer_tree
-from keras_peft.kernels import DenseKernel
 from keras_peft.kernels import kernel_of
 
 
@@ -21,23 +20,26 @@ def can_join(layer, adapters, inputs):
         keras.config.backend() != "jax"
         or keras.distribution.distribution() is not None
         or layer_tree.base_class(layer).call is not keras.layers.Dense.call
-        or not all(getattr(a, "adds_products", False) for a in adapters)
+        or not all(_only_adds(adapter) for adapter in adapters)
         or layer_tree.variable_adapters(layer)
     ):
         return False
     view = kernel_of(layer)
-    *tokens, size = inputs.shape
-    count = math.prod(tokens)
+    count = math.prod(inputs.shape[:-1])
     saved = count * view.outputs
     copied = (count + view.outputs) * view.inputs
-    return type(view) is DenseKernel and saved > copied
+    return not view.variable.trainable and saved > copied
+
+
+def _only_adds(adapter):
+    return getattr(adapter, "adds_products", False) and adapter.rows is None
 
 
 def joined(layer, inputs, hidden, up):
     """`[inputs, hidden] @ [kernel; up] + bias`.
 
     `hidden` is what adapters made of the inputs. No gradient of the kernel is
-    ever formed, and of the kernel nothing is kept that it is not kept anyway.
+    ever formed, and the copy of it is not kept.
     """
     import jax
 
