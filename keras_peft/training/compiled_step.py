@@ -45,18 +45,26 @@ def _is_known():
 def _make(options, model, force=False):
     from keras.src.backend.jax import trainer
 
-    is_dora = any(
-        getattr(adapter, "decompose", False)
-        for _, layer in layer_tree.adapted_layers(model)
-        for adapter in layer.adapters.values()
-    )
-    jit = functools.partial(trainer.jit, compiler_options=options)
-    jit = _in_place(trainer.jit if is_dora else jit)
+    jit_of_keras = trainer.jit
+
+    def jit(step, **settings):  # Called where Keras has no step yet.
+        chosen = {} if _has_dora(model) else options
+        jit = functools.partial(jit_of_keras, compiler_options=chosen)
+        return _in_place(jit, step, **settings)
+
     with replaced(trainer, jit=jit):
         layer_tree.method_of_class(model, "make_train_function")(force)
 
 
-def _in_place(jit):
+def _has_dora(model):
+    return any(
+        getattr(adapter, "decompose", False)
+        for _, layer in layer_tree.adapted_layers(model)
+        for adapter in layer.adapters.values()
+    )
+
+
+def _in_place(jit, step, out_shardings=None, **settings):
     """`jit` of a step that returns `(logs, state)`, compiled the other way.
 
     JAX hands the memory of a step's arguments to what it returns, in order,
@@ -64,19 +72,16 @@ def _in_place(jit):
     memory of the one before, and be copied there by a kernel of its own.
     """
 
-    def jit_step(step, out_shardings=None, **settings):
-        def state_first(*args):
-            logs, state = step(*args)
-            return state, logs
+    def state_first(*args):
+        logs, state = step(*args)
+        return state, logs
 
-        if out_shardings is not None:
-            out_shardings = out_shardings[::-1]
-        compiled = jit(state_first, out_shardings=out_shardings, **settings)
+    if out_shardings is not None:
+        out_shardings = out_shardings[::-1]
+    compiled = jit(state_first, out_shardings=out_shardings, **settings)
 
-        def logs_first(*args):
-            state, logs = compiled(*args)
-            return logs, state
+    def logs_first(*args):
+        state, logs = compiled(*args)
+        return logs, state
 
-        return logs_first
-
-    return jit_step
+    return logs_first
