@@ -322,6 +322,30 @@ def test_smoothing_is_that_of_categorical_crossentropy():
     np.testing.assert_allclose(found, expected, rtol=2**-24 * WORDS)
 
 
+# Exponentials that float32 cannot hold, on either side, in one row or in all.
+@pytest.mark.parametrize("shift", [0, 60, 95, -50, -95, 300, -300])
+@pytest.mark.parametrize("rows", [slice(None), slice(1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_of_any_size_have_a_loss(shift, rows, dtype):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, WORDS))
+    logits[rows] += shift
+    logits = keras.ops.cast(logits, dtype)
+    # float64 of the very numbers that are summed.
+    exact = keras.ops.convert_to_numpy(keras.ops.cast(logits, "float32"))
+    exact = exact.astype("float64")
+    targets = rng.integers(0, WORDS, 4)
+    top = exact.max(axis=1)
+    total = np.log(np.exp(exact - top[:, None]).sum(axis=1)) + top
+    found = training.SmoothedCrossentropy(0.0, reduction=None)(targets, logits)
+    # Two roundings of numbers up to the largest logit, and of WORDS sums.
+    np.testing.assert_allclose(
+        found,
+        total - exact[np.arange(4), targets],
+        atol=2**-22 * (np.abs(exact).max() + WORDS),
+    )
+
+
 @pytest.mark.parametrize("size", [0, -3, 2.5])
 def test_chunks_have_a_size(size):
     with pytest.raises(ValueError, match="chunk_size"):

@@ -1,10 +1,39 @@
 """Attention of JAX arrays, in the form that the values of a mask allow."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from typing import Any
+
+from keras_peft.replacing import replaced
 
 # The most that may be kept beside inputs and outputs, as a share of the
 # outputs: the sums of a kernel, and not the scores of all pairs of tokens.
 _KEPT = 0.25
+
+
+class _Masks:
+    """What is asked of masks, and known of them, while a program is traced."""
+
+    noted = None
+    are_full = False
+
+
+@contextlib.contextmanager
+def noting_forms() -> Iterator[list[Any]]:
+    """Within, nothing is attended: the list gets the form of each mask."""
+    with replaced(_Masks, noted=[]):
+        yield _Masks.noted
+
+
+def is_noting_forms() -> bool:
+    """Whether forms are noted, and nothing is attended."""
+    return _Masks.noted is not None
+
+
+def masks_full() -> contextlib.AbstractContextManager[None]:
+    """Within, programs are told that each mask is causal, and no more."""
+    return replaced(_Masks, are_full=True)
 
 
 def may_be_causal(query, key, mask):
@@ -26,12 +55,18 @@ def attend(query, key, value, mask, scale):
     """
     import jax
 
+    if is_noting_forms():
+        _Masks.noted.append(form_of(mask.astype(bool)))
+        shape = *query.shape[:-1], value.shape[-1]
+        return jax.numpy.zeros(shape, query.dtype)
     attention_of_jax = functools.partial(
         jax.nn.dot_product_attention,
         scale=scale,
         implementation="cudnn" if _has_kernel(query) else "xla",
     )
     forms = [_Form(attention_of_jax, said) for said in _SAID]
+    if _Masks.are_full:
+        return forms[0](query, key, value, mask)
 
     @jax.custom_vjp
     def attention(*arrays):

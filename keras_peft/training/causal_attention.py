@@ -67,10 +67,27 @@ def _call(layer, *args, **kwargs):
     if not layer_tree.is_training(layer):
         return original(*args, **kwargs)
     heads = _SharedHeads()
-    ours = dict(repeat=heads.repeat, dot_product_attention=_attention(heads))
+    ours = dict(
+        repeat=heads.repeat,
+        dot_product_attention=_attention(heads),
+        stack=_stack,
+    )
     # keras-hub finds operations in the one, layers of Keras in the other.
     with replaced(keras.ops, **ours), replaced(keras.src.ops, **ours):
         return original(*args, **kwargs)
+
+
+def _stack(x, axis=0):
+    """`keras.ops.stack`, as rotary embeddings stack halves, in half of the time.
+
+    XLA joins arrays on the last axis faster than on a new one before it.
+    """
+    shapes = {array.shape for array in x}
+    if axis != -2 or len(shapes) > 1:
+        return keras.src.ops.numpy.stack(x, axis)
+    (shape,) = shapes
+    joined = keras.ops.concatenate(x, axis=-1)
+    return keras.ops.reshape(joined, (*shape[:-1], len(x), shape[-1]))
 
 
 class _SharedHeads:

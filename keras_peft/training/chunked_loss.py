@@ -271,11 +271,10 @@ def _targets_of(y, hidden):
 def _losses(loss, targets, logits):
     """`(losses, mask or None)` as `keras.losses.Loss` has them before sums."""
     targets = ops.convert_to_tensor(targets, loss.dtype)
-    logits = ops.convert_to_tensor(logits, loss.dtype)
     if _is_crossentropy(loss):
         losses = crossentropy(targets, logits, ignore_class=loss.ignore_class)
     else:
-        losses = loss.call(targets, logits)
+        losses = loss.call(targets, ops.convert_to_tensor(logits, loss.dtype))
     if len(losses.shape) != len(targets.shape):
         raise ValueError(
             "A chunked loss needs a loss with one number per token. Received: "

@@ -7,19 +7,24 @@ import keras
 from keras_peft import layer_tree
 from keras_peft.replacing import replaced
 from keras_peft.training.attention_forms import is_on_gpu
+from keras_peft.training.attention_forms import masks_full
+from keras_peft.training.full_masks import FullMasks
 
 # XLA's own kernels leave each sum of a layer and its adapter to a kernel that
 # reads both once more; cuBLAS adds to what is there as it writes.
 _OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
-def compile_step(model: keras.Model) -> None:
+def compile_step(model: keras.Model, is_causal: bool = False) -> None:
     """Compiles the training step of `model`, on JAX, so that it copies less.
 
     What a step is given and returns keeps its place in memory. On a GPU,
     products are cuBLAS', which adds what adapters change as it writes, where
     XLA knows the option. With DoRA, which multiplies each sum as well, that is
     a kernel of its own in any case, and XLA is left to choose.
+
+    `is_causal`: attention looks at its masks while a step runs. For batches
+    whose rows are all full a step is compiled that need not.
     """
     if keras.config.is_nnx_enabled():  # It has a compiler of its own.
         return
@@ -27,7 +32,9 @@ def compile_step(model: keras.Model) -> None:
     why = "steps that leave their state in its place"
     if options:
         why = f"{why}; products by cuBLAS where adapters only add"
-    make = functools.partial(_make, options)
+    if is_causal:
+        why = f"{why}; one that looks at no mask where rows are full"
+    make = functools.partial(_make, options, is_causal)
     layer_tree.replace_method(model, "make_train_function", make, why)
     layer_tree.forget_compiled(model, optimizer=False)
 
@@ -42,7 +49,7 @@ def _is_known():
     return True
 
 
-def _make(options, model, force=False):
+def _make(options, is_causal, model, force=False):
     from keras.src.backend.jax import trainer
 
     jit_of_keras = trainer.jit
@@ -50,7 +57,8 @@ def _make(options, model, force=False):
     def jit(step, **settings):  # Called where Keras has no step yet.
         chosen = {} if _has_dora(model) else options
         jit = functools.partial(jit_of_keras, compiler_options=chosen)
-        return _in_place(jit, step, **settings)
+        make = functools.partial(_in_place, jit, step, **settings)
+        return _by_masks(FullMasks(model), make) if is_causal else make()
 
     with replaced(trainer, jit=jit):
         layer_tree.method_of_class(model, "make_train_function")(force)
@@ -85,3 +93,15 @@ def _in_place(jit, step, out_shardings=None, **settings):
         return logs, state
 
     return logs_first
+
+
+def _by_masks(masks, make):
+    looking, told = make(), make()
+
+    def step(state, data):
+        if not masks.are_in(state, data):
+            return looking(state, data)
+        with masks_full():
+            return told(state, data)
+
+    return step

@@ -40,8 +40,9 @@ def prepare(
     and value, read them once; of one dropout rate, they drop the same. Under
     `keras_peft.training.FullyShardedDataParallel`, layers also put their
     kernels together before they compute, so that no activations travel. On
-    JAX, the step is compiled so that its state stays in its place, and on a GPU
-    with products by cuBLAS, which adds what adapters change as it writes.
+    JAX, the step is compiled so that its state stays in its place, on a GPU
+    with products by cuBLAS, which adds what adapters change as it writes, and
+    once more without a look at masks for batches whose rows are all full.
 
     Args:
         model: A built model, adapted or not.
@@ -105,7 +106,7 @@ def prepare(
     gather_weights(model)
     read_inputs_once(model)
     if is_jax:
-        compile_step(model)
+        compile_step(model, is_causal=attention == "causal")
     if is_parallel:
         data_parallel(model)
     if parts is not None:

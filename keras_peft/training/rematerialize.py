@@ -7,6 +7,7 @@ import keras
 
 from keras_peft import layer_tree
 from keras_peft.recompute import recomputed
+from keras_peft.training.attention_forms import is_noting_forms
 from keras_peft.training.model_blocks import layers_and_blocks
 
 _POLICIES = ("full", "dots")
@@ -77,6 +78,8 @@ def blocks_of(model: keras.Model, policy: str) -> list[keras.Layer]:
 
 def _call(remat, block, *args, **kwargs):
     original = layer_tree.method_of_class(block, "call")
+    if is_noting_forms():  # What is noted leaves the block.
+        return original(*args, **kwargs)
     return recomputed(block, original, remat, args, kwargs)
 
 

@@ -101,11 +101,18 @@ def _target_logit(logits, classes, smoothing):
     return found
 
 
+# Float32 takes exponentials below 1e-38 for 0: beside a sum above this, a
+# million of these are nothing.
+_LEAST_SUM = 1e-25
+
+
 @functools.cache
 def _on_jax():
     """`_crossentropy`, with a gradient of one pass over the logits.
 
-    As Keras has it on JAX, a class that does not exist costs nothing.
+    As Keras has it on JAX, a class that does not exist costs nothing. Sums are
+    in float32. The maximum is taken off only where exponentials leave its
+    range: one more pass over the logits.
     """
     import jax
     from jax import numpy as jnp
@@ -116,9 +123,10 @@ def _on_jax():
 
     def forward(logits, classes, smoothing):
         exist = (classes >= 0) & (classes < logits.shape[-1])
-        total = ops.logsumexp(logits, axis=-1)
+        total = logsumexp(logits)
         existing = jnp.where(exist, classes, 0)
-        losses = total - _target_logit(logits, existing, smoothing)
+        wide = logits.astype("float32")
+        losses = total - _target_logit(wide, existing, smoothing)
         kept = logits, classes, total, exist
         return jnp.where(exist, losses, 0), kept
 
@@ -130,9 +138,20 @@ def _on_jax():
         is_target = numbers == classes[..., None]
         target = jnp.where(is_target, 1 - smoothing, 0)
         target = target + smoothing / logits.shape[-1]
-        gradient = jnp.exp(logits - total[..., None]) - target
+        gradient = jnp.exp(logits.astype("float32") - total[..., None]) - target
         gradient = upstream[..., None] * gradient
         return gradient.astype(logits.dtype), None
+
+    def logsumexp(logits):
+        total = jnp.exp(logits.astype("float32")).sum(axis=-1)
+        is_exact = jnp.all((total > _LEAST_SUM) & (total < jnp.inf))
+        return jax.lax.cond(is_exact, of_sums, of_logits, logits, total)
+
+    def of_sums(logits, total):
+        return jnp.log(total)
+
+    def of_logits(logits, total):
+        return jax.nn.logsumexp(logits.astype("float32"), axis=-1)
 
     compute.defvjp(forward, backward)
     return compute
