@@ -8,10 +8,10 @@ bfloat16 is trained on 8 rows of 1024 random tokens with AdamW; LoRA has rank
 16 on all seven projections, and float32 factors. Each row of the table is a
 process. The processes of a group start together, and each is measured while no
 other one uses the GPU. `fit` trains with numpy arrays, `verbose=0` and no
-callback; PEFT in a plain loop. Time is the mean of 60 steps that follow each
-other without waiting, the better of two turns; memory is the peak that the
-library's allocator reports. `--small` is a few thousand parameters, to try
-this without a GPU.
+callback; PEFT in a plain loop. Time is the mean of 40 steps (PEFT: 20) that
+follow each other without waiting, the better of two turns; memory is the peak
+that the library's allocator reports. `--small` is a few thousand parameters, to
+try this without a GPU.
 """
 
 import json

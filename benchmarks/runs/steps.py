@@ -4,15 +4,17 @@ import time
 
 from runs.alone import device
 
-WARM, TIMED, TURNS = 4, 60, 2
+WARM, TIMED, TURNS = 4, 40, 2
 
 
-def seconds_per_step(path, train):
+def seconds_per_step(path, train, steps=TIMED):
     """Of each turn of `train(steps)`, while no other process has the device."""
     times = []
     with device(path, alone=True):
+        # Here, so that no other process chooses kernels meanwhile.
+        train(WARM)
         for _ in range(TURNS):
             start = time.perf_counter()
-            train(TIMED)
-            times.append((time.perf_counter() - start) / TIMED)
+            train(steps)
+            times.append((time.perf_counter() - start) / steps)
     return times

@@ -9,7 +9,6 @@ import numpy as np
 from runs.alone import device
 from runs.kernels import milliseconds_by_kind
 from runs.steps import TIMED
-from runs.steps import WARM
 from runs.steps import seconds_per_step
 
 import keras_peft
@@ -57,7 +56,6 @@ def measure(
         start = time.perf_counter()
         train(1)
         first = time.perf_counter() - start
-        train(WARM)
     times = seconds_per_step(path, train)
     peak = peak_bytes() or 0
     found = {}

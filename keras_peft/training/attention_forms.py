@@ -22,8 +22,9 @@ class _Masks:
 @contextlib.contextmanager
 def noting_forms() -> Iterator[list[Any]]:
     """Within, nothing is attended: the list gets the form of each mask."""
-    with replaced(_Masks, noted=[]):
-        yield _Masks.noted
+    noted: list[Any] = []
+    with replaced(_Masks, noted=noted):
+        yield noted
 
 
 def is_noting_forms() -> bool:

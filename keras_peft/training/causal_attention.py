@@ -78,7 +78,7 @@ def _call(layer, *args, **kwargs):
 
 
 def _stack(x, axis=0):
-    """`keras.ops.stack`, as rotary embeddings stack halves, in half of the time.
+    """`keras.ops.stack`, in half of the time where rotary embeddings do it.
 
     XLA joins arrays on the last axis faster than on a new one before it.
     """

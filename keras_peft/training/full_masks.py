@@ -1,5 +1,7 @@
 """Batches whose rows are full, so that their attention masks are causal."""
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -17,7 +19,7 @@ class FullMasks:
         self.model = model
         self.kept = {}  # `{structure and shapes: {number of an input: array}}`
 
-    def are_in(self, state, data) -> bool:
+    def are_in(self, state: Any, data: Any) -> bool:
         """Whether every mask of a batch is causal and forbids no more.
 
         False also where that is not known: masks that depend on weights,

@@ -35,37 +35,70 @@ def _only_adds(adapter):
     return getattr(adapter, "adds_products", False) and adapter.rows is None
 
 
-def joined(layer, inputs, hidden, up):
+def with_hidden(inputs, factor):
+    """`([inputs, inputs @ factor], inputs @ factor)`, both of two axes.
+
+    The first is written once: its last columns are put where zeros were. No
+    gradient goes through it.
+    """
+    import jax
+
+    width, rank = factor.shape
+
+    @jax.custom_gradient
+    def compute(inputs, factor):
+        def backward(upstream):
+            _, upstream = upstream
+            by_inputs = ops.matmul(upstream, ops.transpose(factor))
+            by_factor = ops.matmul(ops.transpose(rows), upstream)
+            return by_inputs, by_factor[:width]
+
+        # Otherwise XLA puts inputs and products together once more.
+        rows = ops.pad(inputs, ((0, 0), (0, rank)))
+        rows = jax.lax.optimization_barrier(rows)
+        hidden = ops.matmul(rows, ops.pad(factor, ((0, rank), (0, 0))))
+        rows = jax.lax.dynamic_update_slice(rows, hidden, (0, width))
+        return (rows, hidden), backward
+
+    return compute(_flat(inputs), factor)
+
+
+def joined(layer, inputs, hidden, up, rows=None):
     """`[inputs, hidden] @ [kernel; up] + bias`.
 
-    `hidden` is what adapters made of the inputs. No gradient of the kernel is
-    ever formed, and the copy of it is not kept.
+    `hidden` is what adapters made of the inputs, and `rows` is
+    `[inputs, hidden]` where that is there. No gradient of the kernel is ever
+    formed, and the copy of it is not kept.
     """
     import jax
 
     dtype = up.dtype
     parts, matrix = kernel_of(layer).reader(dtype)
+    *tokens, _ = inputs.shape
+    inputs, hidden = ops.cast(_flat(inputs), dtype), _flat(hidden)
+    if rows is None:
+        rows = ops.concatenate([inputs, hidden], axis=1)
 
     @jax.custom_gradient
-    def product(inputs, hidden, up, *parts):
+    def product(inputs, hidden, up, rows, *parts):
         def backward(upstream):
             kernel = matrix(parts, upstream)
             return (
                 ops.matmul(upstream, ops.transpose(kernel)),
                 ops.matmul(upstream, ops.transpose(up)),
                 ops.matmul(ops.transpose(hidden), upstream),
-                *(None for _ in parts),
+                *(None for _ in (rows, *parts)),
             )
 
-        rows = ops.concatenate([inputs, hidden], axis=1)
-        kernel = ops.concatenate([matrix(parts, inputs), up], axis=0)
+        kernel = ops.concatenate([matrix(parts, rows), up], axis=0)
         return ops.matmul(rows, kernel), backward
 
-    *tokens, _ = inputs.shape
-    rows = [ops.reshape(x, (-1, x.shape[-1])) for x in (inputs, hidden)]
-    rows[0] = ops.cast(rows[0], dtype)
-    outputs = product(*rows, up, *parts)
+    outputs = product(inputs, hidden, up, jax.lax.stop_gradient(rows), *parts)
     outputs = ops.reshape(outputs, (*tokens, up.shape[1]))
     if layer.bias is None:
         return outputs
     return ops.add(outputs, ops.cast(layer.bias, dtype))
+
+
+def _flat(array):
+    return ops.reshape(array, (-1, array.shape[-1]))

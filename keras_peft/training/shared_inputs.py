@@ -14,6 +14,7 @@ from keras_peft.kernels import DenseKernel
 from keras_peft.kernels import EinsumKernel
 from keras_peft.training.joined_products import can_join
 from keras_peft.training.joined_products import joined
+from keras_peft.training.joined_products import with_hidden
 
 _SHARED = "inputs that layers share read once by their adapters"
 _ALONE = "gradients of inputs that products add to"
@@ -110,7 +111,7 @@ class _SharedInputs:
         moved = self.kernel_inputs(layer, inputs)
         dtype, joints, ups = layer.compute_dtype, {}, {}
         for adapter in adapters:
-            joint, parts = self._hidden(adapter, dtype)
+            joint, parts, rows = self._hidden(adapter, dtype, joins=True)
             joints[id(joint)] = joint
             for (start, part), up in zip(
                 parts, adapter.ups(dtype), strict=True
@@ -119,18 +120,20 @@ class _SharedInputs:
                 rest = joint.shape[-1] - start - part.shape[-1]
                 up = ops.pad(up, ((start, rest), (0, 0)))
                 ups[id(joint)] = ups.get(id(joint), 0) + up
-        hidden = ops.concatenate([*joints.values()], axis=-1)
-        return joined(layer, moved, hidden, ops.concatenate([*ups.values()], 0))
+        if len(joints) > 1:
+            joint, rows = ops.concatenate([*joints.values()], axis=-1), None
+        up = ops.concatenate([*ups.values()], axis=0)
+        return joined(layer, moved, joint, up, rows)
 
-    def _hidden(self, adapter, dtype):
+    def _hidden(self, adapter, dtype, joins=False):
         if id(adapter) not in self.hidden:
-            self.hidden = self._products(dtype)
+            self.hidden = self._products(dtype, joins)
         hidden = self.hidden.pop(id(adapter))
         if not self.hidden:
             self.inputs = self.copy = None
         return hidden
 
-    def _products(self, dtype):
+    def _products(self, dtype, joins):
         adapters = [a for layer in self.layers for a in _factored(layer)]
         alike = {}
         for adapter in adapters:
@@ -139,24 +142,33 @@ class _SharedInputs:
         found = {}
         for some in alike.values():
             factors = [ops.cast(a, dtype) for each in some for a in each.downs]
-            inputs = ops.cast(some[0].dropped(self.copy), dtype)
-            joint = some[0].kernel.down(
-                inputs, ops.concatenate(factors, axis=1)
-            )
+            factor = ops.concatenate(factors, axis=1)
+            dropped = some[0].dropped(self.copy)
+            inputs, rows = ops.cast(dropped, dtype), None
+            is_dense = type(some[0].kernel) is DenseKernel
+            if joins and is_dense and dropped is self.copy:
+                rows, joint = with_hidden(inputs, factor)
+                joint = ops.reshape(joint, (*inputs.shape[:-1], -1))
+            else:
+                joint = some[0].kernel.down(inputs, factor)
             sizes = [a.shape[1] for a in factors]
             starts = itertools.accumulate(sizes, initial=0)
             parts = zip(starts, _split(joint, sizes), strict=False)
             for adapter in some:
                 own = [*itertools.islice(parts, len(adapter.downs))]
-                found[id(adapter)] = _Hidden(joint, own)
+                found[id(adapter)] = _Hidden(joint, own, rows)
         return found
 
 
 class _Hidden(NamedTuple):
-    """`[(where a part begins, part)]` of one adapter, in what is of several."""
+    """`[(where a part begins, part)]` of one adapter, in what is of several.
+
+    `rows` have inputs and `joint` side by side, for layers that join products.
+    """
 
     joint: Any
     parts: list[tuple[int, Any]]
+    rows: Any
 
 
 def _factored(layer):

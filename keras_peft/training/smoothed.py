@@ -151,6 +151,8 @@ def _on_jax():
         return jnp.log(total)
 
     def of_logits(logits, total):
+        # Otherwise XLA computes both, and chooses.
+        logits = jax.lax.optimization_barrier(logits)
         return jax.nn.logsumexp(logits.astype("float32"), axis=-1)
 
     compute.defvjp(forward, backward)
