@@ -108,6 +108,28 @@ def test_a_step_of_the_users_own_looks(steps):
     np.testing.assert_allclose(found[0], plain[0], rtol=1e-5)
 
 
+def test_what_a_loss_asks_of_the_model_looks(steps):
+    """It may give the model other inputs than the batch."""
+
+    class Twice(keras.Model):
+        def compute_loss(self, x, y, y_pred, *args, **kwargs):
+            mask = x["padding_mask"].at[:, 3:].set(False)
+            other = self({**x, "padding_mask": mask}, training=True)
+            losses = [
+                super(Twice, self).compute_loss(x, y, outputs, *args, **kwargs)
+                for outputs in (y_pred, other)
+            ]
+            return sum(losses)
+
+    losses = []
+    for prepared in (True, False):
+        base = build("llama")
+        model = Twice(base.inputs, base.outputs)
+        losses.append(trained(padded(), prepared, model)[0])
+    assert steps() == [True]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 def test_masks_within_functions_traced_apart_are_looked_at(steps):
     import jax
 

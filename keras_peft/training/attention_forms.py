@@ -16,7 +16,7 @@ class _Masks:
     """What is asked of masks, and known of them, while a program is traced."""
 
     noted = None
-    are_full = False
+    full = 0
 
 
 @contextlib.contextmanager
@@ -32,9 +32,9 @@ def is_noting_forms() -> bool:
     return _Masks.noted is not None
 
 
-def masks_full() -> contextlib.AbstractContextManager[None]:
-    """Within, programs are told that each mask is causal, and no more."""
-    return replaced(_Masks, are_full=True)
+def full_masks(count: int) -> contextlib.AbstractContextManager[None]:
+    """Within, the first masks of a program are causal, and no more."""
+    return replaced(_Masks, full=count)
 
 
 def may_be_causal(query, key, mask):
@@ -66,7 +66,8 @@ def attend(query, key, value, mask, scale):
         implementation="cudnn" if _has_kernel(query) else "xla",
     )
     forms = [_Form(attention_of_jax, said) for said in _SAID]
-    if _Masks.are_full:
+    if _Masks.full:
+        _Masks.full -= 1
         return forms[0](query, key, value, mask)
 
     @jax.custom_vjp

@@ -6,8 +6,8 @@ import keras
 
 from keras_peft import layer_tree
 from keras_peft.replacing import replaced
+from keras_peft.training.attention_forms import full_masks
 from keras_peft.training.attention_forms import is_on_gpu
-from keras_peft.training.attention_forms import masks_full
 from keras_peft.training.full_masks import FullMasks
 
 # XLA's own kernels leave each sum of a layer and its adapter to a kernel that
@@ -99,9 +99,8 @@ def _by_masks(masks, make):
     looking, told = make(), make()
 
     def step(state, data):
-        if not masks.are_in(state, data):
-            return looking(state, data)
-        with masks_full():
-            return told(state, data)
+        count = masks.count(state, data)
+        with full_masks(count):
+            return (told if count else looking)(state, data)
 
     return step

@@ -17,56 +17,59 @@ class FullMasks:
 
     def __init__(self, model):
         self.model = model
-        self.kept = {}  # `{structure and shapes: {number of an input: array}}`
+        # `{structure and shapes: (masks, {number of an input: array})}`.
+        self.kept = {}
 
-    def are_in(self, state: Any, data: Any) -> bool:
-        """Whether every mask of a batch is causal and forbids no more.
+    def count(self, state: Any, data: Any) -> int:
+        """Masks of a step, from the first on, that are causal and no more.
 
-        False also where that is not known: masks that depend on weights,
-        steps that are not Keras' own, arrays on several devices, attention in
-        functions that JAX traces apart.
+        All that the model makes of the batch, or 0: also where that is not
+        known, for masks that depend on weights, steps that are not Keras' own,
+        arrays on several devices, attention in functions that JAX traces apart.
         """
         import jax
-        from keras.src.backend.jax.trainer import JAXTrainer
 
-        if (
-            keras.distribution.distribution() is not None
-            or type(self.model).train_step is not JAXTrainer.train_step
+        if keras.distribution.distribution() is not None or not _is_usual(
+            type(self.model)
         ):
-            return False
+            return 0
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         leaves, structure = jax.tree.flatten(x)
         kind = structure, *((a.shape, str(a.dtype)) for a in leaves)
         if kind not in self.kept:
             self.kept[kind] = self._read(state, x)
-        kept = self.kept[kind]
-        return kept is not None and all(
+        count, kept = self.kept[kind]
+        is_known = all(
             np.array_equal(leaves[number], array)
             for number, array in kept.items()
         )
+        return count if is_known else 0
 
     def _read(self, state, x):
-        """The inputs that masks are made of, if these are full."""
+        """`(masks, the inputs that they are made of)`; no masks if not full."""
         import jax
 
         weights = state[:2]
         others = len(jax.tree.leaves(weights))
         try:
-            look, is_used = _what_it_takes(self._is_any_other, *weights, x)
+            look, is_used = _what_it_takes(self._full, *weights, x)
             if any(is_used[:others]):
-                return None
+                return 0, {}
             used = {
                 number: array
                 for number, array in enumerate(jax.tree.leaves(x))
                 if is_used[others + number]
             }
-            if look(*used.values()):
-                return None
+            count = int(look(*used.values()))
         except jax.errors.UnexpectedTracerError:
-            return None
-        return {number: np.asarray(array) for number, array in used.items()}
+            return 0, {}
+        if not count:
+            return 0, {}
+        arrays = {number: np.asarray(array) for number, array in used.items()}
+        return count, arrays
 
-    def _is_any_other(self, trainable, non_trainable, x):
+    def _full(self, trainable, non_trainable, x):
+        """The number of masks, or 0 if one is not full."""
         from jax import numpy as jnp
 
         settings = {}
@@ -74,7 +77,16 @@ class FullMasks:
             settings["training"] = True
         with noting_forms() as forms:
             self.model.stateless_call(trainable, non_trainable, x, **settings)
-        return jnp.any(jnp.stack(forms) != 0) if forms else jnp.array(True)
+        are_full = jnp.array([form == 0 for form in forms]).all()
+        return jnp.where(are_full, len(forms), 0)
+
+
+def _is_usual(kind):
+    """Whether a class of models takes steps as Keras does."""
+    names = "train_step", "compute_loss_and_updates", "stateless_call"
+    return all(
+        getattr(kind, name) is getattr(keras.Model, name) for name in names
+    )
 
 
 def _what_it_takes(function, *args):
