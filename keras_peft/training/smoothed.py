@@ -111,11 +111,14 @@ def _on_jax():
     """`_crossentropy`, with a gradient of one pass over the logits.
 
     As Keras has it on JAX, a class that does not exist costs nothing. Sums are
-    in float32. The maximum is taken off only where exponentials leave its
-    range: one more pass over the logits.
+    in float32 at least. On one device, the maximum is taken off only where
+    exponentials leave its range: one more pass over the logits.
     """
     import jax
     from jax import numpy as jnp
+
+    def wide(logits):
+        return logits.astype(jnp.promote_types(logits.dtype, "float32"))
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
     def compute(logits, classes, smoothing):
@@ -125,8 +128,7 @@ def _on_jax():
         exist = (classes >= 0) & (classes < logits.shape[-1])
         total = logsumexp(logits)
         existing = jnp.where(exist, classes, 0)
-        wide = logits.astype("float32")
-        losses = total - _target_logit(wide, existing, smoothing)
+        losses = total - _target_logit(wide(logits), existing, smoothing)
         kept = logits, classes, total, exist
         return jnp.where(exist, losses, 0), kept
 
@@ -138,12 +140,14 @@ def _on_jax():
         is_target = numbers == classes[..., None]
         target = jnp.where(is_target, 1 - smoothing, 0)
         target = target + smoothing / logits.shape[-1]
-        gradient = jnp.exp(logits.astype("float32") - total[..., None]) - target
+        gradient = jnp.exp(wide(logits) - total[..., None]) - target
         gradient = upstream[..., None] * gradient
         return gradient.astype(logits.dtype), None
 
     def logsumexp(logits):
-        total = jnp.exp(logits.astype("float32")).sum(axis=-1)
+        if keras.distribution.distribution() is not None:
+            return shifted(logits)
+        total = jnp.exp(wide(logits)).sum(axis=-1)
         is_exact = jnp.all((total > _LEAST_SUM) & (total < jnp.inf))
         return jax.lax.cond(is_exact, of_sums, of_logits, logits, total)
 
@@ -152,8 +156,10 @@ def _on_jax():
 
     def of_logits(logits, total):
         # Otherwise XLA computes both, and chooses.
-        logits = jax.lax.optimization_barrier(logits)
-        return jax.nn.logsumexp(logits.astype("float32"), axis=-1)
+        return shifted(jax.lax.optimization_barrier(logits))
+
+    def shifted(logits):
+        return jax.nn.logsumexp(wide(logits), axis=-1)
 
     compute.defvjp(forward, backward)
     return compute
