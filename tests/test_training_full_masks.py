@@ -8,6 +8,8 @@ from models import data
 from models import fit
 from models import summary_of
 from models import values
+from test_training_compiled_step import compiled_into
+from test_training_compiled_step import steps_in
 
 import keras_peft
 from keras_peft import layer_tree
@@ -26,14 +28,10 @@ pytestmark = [
 def steps(monkeypatch, tmp_path):
     """What XLA made of the steps of a model: whether each looks at masks."""
     monkeypatch.setattr(compiled_step, "is_on_gpu", lambda: True)
-    options = {"xla_dump_to": str(tmp_path)}
-    monkeypatch.setattr(compiled_step, "_OPTIONS", options)
-
-    def looking():
-        files = tmp_path.glob("*jit_state_first*after_optimizations.txt")
-        return sorted("conditional(" in file.read_text() for file in files)
-
-    return looking
+    compiled_into(tmp_path, monkeypatch)
+    return lambda: sorted(
+        "conditional(" in step.read_text() for step in steps_in(tmp_path)
+    )
 
 
 def padded(*rows):
@@ -101,8 +99,10 @@ def test_a_step_of_the_users_own_looks(steps):
             return super().train_step(state, (inputs, *rest))
 
     base = build("llama")
-    found = trained(padded(), model=Shortened(base.inputs, base.outputs))
+    model = Shortened(base.inputs, base.outputs)
+    found = trained(padded(), model=model)
     assert steps() == [True]
+    assert "looks at no mask" not in summary_of(model)
     base = build("llama")
     plain = trained(padded(), False, Shortened(base.inputs, base.outputs))
     np.testing.assert_allclose(found[0], plain[0], rtol=1e-5)

@@ -164,7 +164,9 @@ def test_prepare_puts_on_what_was_asked_for():
     ours, theirs = (losses(model, "llama") for model in (found, expected))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     training.prepare(found, loss=None, remat="full")
-    assert "compute_loss" not in layer_tree.restore_methods(found)
+    # JAX compiles the step of any prepared model.
+    compiled = {"make_train_function"} if BACKEND == "jax" else set()
+    assert layer_tree.restore_methods(found) == compiled
     training.restore(found)
     layers = layer_tree.layers_by_path(found).values()
     assert not any(layer_tree.restore_methods(layer) for layer in layers)

@@ -11,7 +11,7 @@ def seconds_per_step(path, train, steps=TIMED):
     """Of each turn of `train(steps)`, while no other process has the device."""
     times = []
     with device(path, alone=True):
-        # Here, so that no other process chooses kernels meanwhile.
+        # Also alone: others may be choosing kernels by their times.
         train(WARM)
         for _ in range(TURNS):
             start = time.perf_counter()

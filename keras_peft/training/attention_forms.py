@@ -32,7 +32,7 @@ def is_noting_forms() -> bool:
     return _Masks.noted is not None
 
 
-def full_masks(count: int) -> contextlib.AbstractContextManager[None]:
+def first_masks_full(count: int) -> contextlib.AbstractContextManager[None]:
     """Within, the first masks of a program are causal, and no more."""
     return replaced(_Masks, full=count)
 

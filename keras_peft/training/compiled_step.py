@@ -6,9 +6,10 @@ import keras
 
 from keras_peft import layer_tree
 from keras_peft.replacing import replaced
-from keras_peft.training.attention_forms import full_masks
+from keras_peft.training.attention_forms import first_masks_full
 from keras_peft.training.attention_forms import is_on_gpu
 from keras_peft.training.full_masks import FullMasks
+from keras_peft.training.full_masks import may_know_masks
 
 # XLA's own kernels leave each sum of a layer and its adapter to a kernel that
 # reads both once more; cuBLAS adds to what is there as it writes.
@@ -32,9 +33,10 @@ def compile_step(model: keras.Model, is_causal: bool = False) -> None:
     why = "steps that leave their state in its place"
     if options:
         why = f"{why}; products by cuBLAS where adapters only add"
-    if is_causal:
+    is_told = is_causal and may_know_masks(model)
+    if is_told:
         why = f"{why}; one that looks at no mask where rows are full"
-    make = functools.partial(_make, options, is_causal)
+    make = functools.partial(_make, options, is_told)
     layer_tree.replace_method(model, "make_train_function", make, why)
     layer_tree.forget_compiled(model, optimizer=False)
 
@@ -49,16 +51,18 @@ def _is_known():
     return True
 
 
-def _make(options, is_causal, model, force=False):
+def _make(options, is_told, model, force=False):
     from keras.src.backend.jax import trainer
 
     jit_of_keras = trainer.jit
 
     def jit(step, **settings):  # Called where Keras has no step yet.
         chosen = {} if _has_dora(model) else options
-        jit = functools.partial(jit_of_keras, compiler_options=chosen)
-        make = functools.partial(_in_place, jit, step, **settings)
-        return _by_masks(FullMasks(model), make) if is_causal else make()
+        chosen_jit = functools.partial(jit_of_keras, compiler_options=chosen)
+        compiled = functools.partial(_in_place, chosen_jit, step, **settings)
+        if not is_told:
+            return compiled()
+        return _by_masks(FullMasks(model), compiled(), compiled())
 
     with replaced(trainer, jit=jit):
         layer_tree.method_of_class(model, "make_train_function")(force)
@@ -95,12 +99,12 @@ def _in_place(jit, step, out_shardings=None, **settings):
     return logs_first
 
 
-def _by_masks(masks, make):
-    looking, told = make(), make()
+def _by_masks(masks, looking, told):
+    """One of two steps: that which looks at masks, or that which is told."""
 
     def step(state, data):
         count = masks.count(state, data)
-        with full_masks(count):
+        with first_masks_full(count):
             return (told if count else looking)(state, data)
 
     return step

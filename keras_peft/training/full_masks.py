@@ -29,9 +29,7 @@ class FullMasks:
         """
         import jax
 
-        if keras.distribution.distribution() is not None or not _is_usual(
-            type(self.model)
-        ):
+        if not may_know_masks(self.model):
             return 0
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         leaves, structure = jax.tree.flatten(x)
@@ -51,22 +49,21 @@ class FullMasks:
 
         weights = state[:2]
         others = len(jax.tree.leaves(weights))
+        count = 0
         try:
             look, is_used = _what_it_takes(self._full, *weights, x)
-            if any(is_used[:others]):
-                return 0, {}
             used = {
                 number: array
                 for number, array in enumerate(jax.tree.leaves(x))
                 if is_used[others + number]
             }
-            count = int(look(*used.values()))
+            if not any(is_used[:others]):
+                count = int(look(*used.values()))
         except jax.errors.UnexpectedTracerError:
-            return 0, {}
+            pass  # Traced apart.
         if not count:
             return 0, {}
-        arrays = {number: np.asarray(array) for number, array in used.items()}
-        return count, arrays
+        return count, {n: np.asarray(array) for n, array in used.items()}
 
     def _full(self, trainable, non_trainable, x):
         """The number of masks, or 0 if one is not full."""
@@ -81,12 +78,14 @@ class FullMasks:
         return jnp.where(are_full, len(forms), 0)
 
 
-def _is_usual(kind):
-    """Whether a class of models takes steps as Keras does."""
+def may_know_masks(model: keras.Model) -> bool:
+    """Whether one device takes steps of a model, and as Keras does."""
     names = "train_step", "compute_loss_and_updates", "stateless_call"
-    return all(
-        getattr(kind, name) is getattr(keras.Model, name) for name in names
+    is_usual = all(
+        getattr(type(model), name) is getattr(keras.Model, name)
+        for name in names
     )
+    return is_usual and keras.distribution.distribution() is None
 
 
 def _what_it_takes(function, *args):

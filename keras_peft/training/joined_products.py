@@ -36,10 +36,10 @@ def _only_adds(adapter):
 
 
 def with_hidden(inputs, factor):
-    """`([inputs, inputs @ factor], inputs @ factor)`, both of two axes.
+    """`([inputs, inputs @ factor], inputs @ factor)`, the former as rows.
 
-    The first is written once: its last columns are put where zeros were. No
-    gradient goes through it.
+    It is written once: its last columns are put where zeros were. No gradient
+    goes through it.
     """
     import jax
 
@@ -60,7 +60,8 @@ def with_hidden(inputs, factor):
         rows = jax.lax.dynamic_update_slice(rows, hidden, (0, width))
         return (rows, hidden), backward
 
-    return compute(_flat(inputs), factor)
+    rows, hidden = compute(_flat(inputs), factor)
+    return rows, ops.reshape(hidden, (*inputs.shape[:-1], rank))
 
 
 def joined(layer, inputs, hidden, up, rows=None):

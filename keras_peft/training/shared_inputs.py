@@ -148,7 +148,6 @@ class _SharedInputs:
             is_dense = type(some[0].kernel) is DenseKernel
             if joins and is_dense and dropped is self.copy:
                 rows, joint = with_hidden(inputs, factor)
-                joint = ops.reshape(joint, (*inputs.shape[:-1], -1))
             else:
                 joint = some[0].kernel.down(inputs, factor)
             sizes = [a.shape[1] for a in factors]
