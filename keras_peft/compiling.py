@@ -20,3 +20,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import torch
 
     return torch.no_grad()(function)
+
+
+def as_computed(arrays: Any) -> Any:
+    """A nest of arrays, all there before any of them is used.
+
+    On JAX, XLA then neither rewrites them with what uses them nor computes
+    them a second time.
+    """
+    if keras.config.backend() != "jax":
+        return arrays
+    import jax
+
+    return jax.lax.optimization_barrier(arrays)

@@ -315,6 +315,8 @@ class EinsumKernel(DenseKernel):
     def scale_outputs(self, outputs, factor):
         factor = ops.reshape(factor, self.free_shape)
         free = "".join(self.free)
+        if self.out.endswith(free):
+            return ops.multiply(outputs, factor)
         return ops.einsum(f"{self.out},{free}->{self.out}", outputs, factor)
 
     def bias_objection(self):

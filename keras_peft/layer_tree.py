@@ -28,6 +28,7 @@ from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.saving.object_registration import GLOBAL_CUSTOM_NAMES
 from keras.src.utils.naming import to_snake_case
 
+from keras_peft.compiling import as_computed
 from keras_peft.kernel_reads import mixins_for
 from keras_peft.kernels import has_kernel
 from keras_peft.kernels import is_packed
@@ -325,10 +326,11 @@ class AdaptedLayer:
         """`adapter.products(inputs, ups)`."""
         return adapter.products(inputs, ups)
 
-    def joined_outputs(self, adapters, inputs):
+    def joined_outputs(self, adapters, inputs, gain=None):
         """What the layer and its adapters compute, as one product.
 
-        `None` where each computes its own.
+        `None` where each computes its own. `gain` is that of an adapter which
+        scales what is returned: see `KernelAdapter.scaling`.
         """
 
     def _adapters_of(self, kind):
@@ -347,8 +349,6 @@ class AdaptedLayer:
         outputs, changed = self._add_changes(
             adapters, inputs, args, kwargs, reverse
         )
-        if adapters and not in_contained():
-            changed = _computed_once(changed)
         changed = self._after_kernel(changed, reverse)
         mask = get_keras_mask(outputs)
         if mask is not None:
@@ -359,21 +359,40 @@ class AdaptedLayer:
         """`(outputs of the base, outputs with every adapter's change)`."""
         moving = [adapter for adapter in adapters if adapter.on_inputs]
         adding = [adapter for adapter in adapters if not adapter.on_inputs]
+        scaling = None if reverse else self._scaling_of(adapters)
+        gain, more = scaling or (None, None)
+        changed = None
         if adding and not moving:
-            joined = self.joined_outputs(adding, inputs)
-            if joined is not None:
-                return joined, joined
-        moved = inputs if moving else self.kernel_inputs(inputs)
-        for adapter in moving:
-            moved = moved + self._in_rows(adapter, adapter(inputs))
-        changed = outputs = self._call_base(moved, *args, **kwargs)
-        if adding and (moving or self._adapters_of(VariableAdapter)):
-            # Each change is one of the base, and not of another's outputs.
-            outputs = super().call(inputs, *args, **kwargs)
-        for adapter in adding:
-            change = adapter(inputs, outputs, reverse=reverse)
-            changed = changed + self._in_rows(adapter, change)
+            changed = outputs = self.joined_outputs(adding, inputs, gain)
+        if changed is None:
+            moved = inputs if moving else self.kernel_inputs(inputs)
+            for adapter in moving:
+                moved = moved + self._in_rows(adapter, adapter(inputs))
+            changed = outputs = self._call_base(moved, *args, **kwargs)
+            if adding and (moving or self._adapters_of(VariableAdapter)):
+                # Each change is one of the base, not of another's outputs.
+                outputs = super().call(inputs, *args, **kwargs)
+            for adapter in adding:
+                if scaling is None:
+                    change = adapter(inputs, outputs, reverse=reverse)
+                else:
+                    change = adapter.low_rank(inputs, outputs.dtype, gain=gain)
+                changed = changed + self._in_rows(adapter, change)
+        if adapters and not in_contained():
+            # XLA computes a plain sum again in the backward pass and keeps all
+            # its terms until then: twice the memory of an adapted layer. Where
+            # a whole block is computed again, nothing is kept.
+            changed = as_computed(changed)
+        if scaling is not None:
+            changed = adapters[0].scaled(changed, more)
         return outputs, changed
+
+    def _scaling_of(self, adapters):
+        """The `scaling()` of an adapter that no other is beside."""
+        others = len(adapters) > 1 or self._adapters_of(VariableAdapter)
+        if not adapters or others or adapters[0].rows is not None:
+            return None
+        return adapters[0].scaling()
 
     def _in_rows(self, adapter, change):
         """`change` in those rows of the batch that belong to `adapter`."""
@@ -516,20 +535,6 @@ def in_contained() -> bool:
             return True
         scope = scope.outer
     return False
-
-
-def _computed_once(outputs):
-    """`outputs`, as they are and no other way.
-
-    XLA computes a plain sum again in the backward pass and keeps all its
-    terms until then, which is twice the memory of an adapted layer. Where a
-    whole block is computed again, nothing is kept, and this would cost time.
-    """
-    if keras.config.backend() != "jax":
-        return outputs
-    import jax
-
-    return jax.lax.optimization_barrier(outputs)
 
 
 def _alone(done, layer):

@@ -22,10 +22,11 @@ METHODS = {
     "dropout": [keras_peft.LoRA(2, dropout=0.5)],
     "pissa": [keras_peft.LoRA(2, init="pissa")],
     "two": [keras_peft.LoRA(2), keras_peft.LoRA(3)],
+    "dora": [keras_peft.LoRA(2, decompose=True)],
 }
 # Those whose outputs are no sum of the layer's and of thin products.
 OTHERS = {
-    "dora": [keras_peft.LoRA(2, decompose=True)],
+    "scaled": [keras_peft.LoRA(2, decompose=True), keras_peft.LoRA(2)],
     "bias": [keras_peft.LoRA(2, use_bias=True)],
     "gain": [keras_peft.LoRA(2), keras_peft.IA3()],
     "rotated": [keras_peft.LoRA(2), keras_peft.OFT(2)],
@@ -78,6 +79,10 @@ def products(model, x):
     ]
 
 
+def wide_products(model, x):
+    return [s for s in products(model, x) if s[-1] == OUTPUTS and TOKENS in s]
+
+
 def _equations(program):
     from jax.extend import core
 
@@ -97,8 +102,7 @@ def test_it_computes_what_was_computed(method, base, bias):
     found, expected = (adapted(METHODS[method], base, bias) for _ in range(2))
     expected.set_weights(found.get_weights())
     read_inputs_once(found)
-    wide = [s for s in products(found, x) if s[-1] == OUTPUTS and TOKENS in s]
-    assert len(wide) == 1
+    assert len(wide_products(found, x)) == 1
     # To the rounding of float32 sums of INPUTS or TOKENS products.
     for ours, theirs in zip(
         *(outputs_and_gradients(model, x) for model in (found, expected)),
@@ -123,9 +127,9 @@ def test_others_are_left_to_themselves(method):
     x = inputs()
     found, expected = (adapted(OTHERS[method]) for _ in range(2))
     expected.set_weights(found.get_weights())
-    before = len(products(found, x))
+    before = wide_products(found, x)
     read_inputs_once(found)
-    assert len(products(found, x)) == before
+    assert wide_products(found, x) == before
     ours, theirs = (outputs_and_gradients(m, x) for m in (found, expected))
     np.testing.assert_array_equal(ours[0], theirs[0])
 

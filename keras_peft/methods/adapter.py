@@ -115,6 +115,14 @@ class KernelAdapter(Adapter):
         self.kernel = kernel_of(layer)
         super().__init__(layer, shapes, name)
 
+    def scaling(self):
+        """`(gain, more)` of one that scales all that its layer computes.
+
+        Asked where no other adapter is at the layer. That then computes
+        `scaled(outputs + low_rank(inputs, dtype, gain=gain), more)`, in place
+        of a sum with a change: one pass over the outputs instead of two.
+        """
+
     def kernel_delta(self, kernel):
         """The change of the `[inputs, outputs]` kernel, strength included."""
         raise NotImplementedError

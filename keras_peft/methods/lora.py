@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_peft.compiling import as_computed
 from keras_peft.kernels import DepthwiseKernel
 from keras_peft.kernels import EmbeddingKernel
 from keras_peft.kernels import has_kernel
@@ -210,6 +211,24 @@ def _bias_objection(kernel):
     return kernel.bias_objection()
 
 
+def _with_gradients_at_once(function):
+    """`function` of arrays, on JAX, whose gradients are computed together.
+
+    XLA puts off sums that nothing waits for, and keeps all that they are of.
+    """
+    import jax
+
+    @jax.custom_vjp
+    def call(*arrays):
+        return function(*arrays)
+
+    def backward(arrays, upstream):
+        return as_computed(jax.vjp(function, *arrays)[1](upstream))
+
+    call.defvjp(lambda *arrays: (function(*arrays), arrays), backward)
+    return call
+
+
 class LoRAAdapter(KernelAdapter):
     """The LoRA of one layer."""
 
@@ -267,7 +286,7 @@ class LoRAAdapter(KernelAdapter):
         dtype = outputs.dtype
         strength = ops.cast(self.strength, dtype)
         if not self.decompose:
-            change = self._low_rank(inputs, dtype, strength, reverse)
+            change = self.low_rank(inputs, dtype, strength, reverse)
             return self._with_bias(change, strength)
         gain = self._gain()
         if reverse:
@@ -277,13 +296,37 @@ class LoRAAdapter(KernelAdapter):
             inputs = ops.cast(inputs, dtype)
             table = ops.cast(self.kernel.variable, dtype)
             kept = ops.matmul(inputs * (gain - 1.0), ops.transpose(table))
-            change = self._low_rank(inputs * gain, dtype, 1.0, reverse)
+            change = self.low_rank(inputs * gain, dtype, 1.0, reverse)
             return (kept + change) * strength
         # The columns of `B` are scaled, and not those of the product.
-        change = self._low_rank(inputs, dtype, strength, gain=gain)
-        more = ops.cast((gain - 1.0) * self.strength, dtype)
+        change = self.low_rank(inputs, dtype, strength, gain=gain)
+        return self._scaled(outputs, (gain - 1.0) * self.strength) + change
+
+    def scaling(self):
+        if not self.decompose:
+            return None
+        gain = self._gain()
+        more = (gain - 1.0) * self.strength
+        # At a strength of 1 it is 1: all that is scaled is scaled alike.
+        return ops.divide_no_nan(gain, 1.0 + more), more
+
+    def scaled(self, outputs, more):
+        def scale(outputs, more):
+            return outputs + self._scaled(outputs, more)
+
+        if keras.config.backend() != "jax" or self.kernel.bias is not None:
+            return scale(outputs, more)
+        return _with_gradients_at_once(scale)(outputs, more)
+
+    def _scaled(self, outputs, factor):
+        """The outputs, less the bias, times a float32 factor of each column."""
         base = self.kernel.without_bias(outputs)
-        return self.kernel.scale_outputs(base, more) + change
+        # The gradient of a factor is a sum over all tokens. XLA adds up in the
+        # dtype of what is summed, torch in float32.
+        dtype = "float32" if keras.config.backend() != "torch" else base.dtype
+        factor = ops.cast(factor, dtype)
+        scaled = self.kernel.scale_outputs(ops.cast(base, dtype), factor)
+        return ops.cast(scaled, outputs.dtype)
 
     def _with_bias(self, change, strength):
         if not self.use_bias:
@@ -324,8 +367,8 @@ class LoRAAdapter(KernelAdapter):
 
     @property
     def adds_products(self):
-        """Whether all it does is to add `products(inputs, ups(...))`."""
-        return not self.decompose and not self.use_bias
+        """Whether all it adds, scaling aside, is `products(inputs, ups())`."""
+        return not self.use_bias
 
     def ups(self, dtype, strength=None, gain=None):
         """What each `B` adds, in `dtype`: less than nothing for the initial."""
@@ -336,7 +379,8 @@ class LoRAAdapter(KernelAdapter):
         up, *initial = (ops.cast(b, dtype) * scale for b in ups)
         return [up, *(ops.negative(b) for b in initial)]
 
-    def _low_rank(self, inputs, dtype, strength, reverse=False, gain=None):
+    def low_rank(self, inputs, dtype, strength=None, reverse=False, gain=None):
+        """The sum of `products(inputs, ups(dtype, strength, gain))`."""
         ups = self.ups(dtype, strength, gain)
         if reverse:
             inputs = ops.cast(self.dropped(inputs), dtype)
@@ -364,11 +408,14 @@ class LoRAAdapter(KernelAdapter):
         b = b * self.scale
         # As the forward pass does it: the kernel is not cast as a whole.
         rows = ops.cast(ops.transpose(a), self.kernel.layer.compute_dtype)
+        # Else XLA puts inputs and kernel together, to multiply both by `a`.
+        rows = as_computed(rows)
         cross = ops.cast(self.kernel.times(rows), "float32")  # (rank, outputs)
         square = ops.matmul(ops.matmul(ops.transpose(a), a), b)
         change = ops.sum((2.0 * cross + square) * b, axis=0)
         norm = ops.sqrt(self.square_norm + change)
-        return self.lora_magnitude / ops.stop_gradient(norm)
+        # The norm of a column of zeros is zero, and so is its magnitude.
+        return ops.divide_no_nan(self.lora_magnitude, ops.stop_gradient(norm))
 
     def kernel_delta(self, kernel):
         convert = ops.convert_to_numpy
@@ -382,6 +429,7 @@ class LoRAAdapter(KernelAdapter):
         if self.decompose:
             merged = kernel + delta
             norm = np.sqrt(np.square(merged).sum(axis=0))
+            norm[norm == 0] = 1.0  # As in `_gain`: nothing is scaled.
             delta = merged * (convert(self.lora_magnitude) / norm) - kernel
         return delta * convert(self.strength)
 

@@ -21,8 +21,7 @@ def compile_step(model: keras.Model, is_causal: bool = False) -> None:
 
     What a step is given and returns keeps its place in memory. On a GPU,
     products are cuBLAS', which adds what adapters change as it writes, where
-    XLA knows the option. With DoRA, which multiplies each sum as well, that is
-    a kernel of its own in any case, and XLA is left to choose.
+    XLA knows the option.
 
     `is_causal`: attention looks at its masks while a step runs. For batches
     whose rows are all full a step is compiled that need not.
@@ -32,7 +31,7 @@ def compile_step(model: keras.Model, is_causal: bool = False) -> None:
     options = _OPTIONS if is_on_gpu() and _is_known() else {}
     why = "steps that leave their state in its place"
     if options:
-        why = f"{why}; products by cuBLAS where adapters only add"
+        why = f"{why}; products by cuBLAS"
     is_told = is_causal and may_know_masks(model)
     if is_told:
         why = f"{why}; one that looks at no mask where rows are full"
@@ -57,8 +56,7 @@ def _make(options, is_told, model, force=False):
     jit_of_keras = trainer.jit
 
     def jit(step, **settings):  # Called where Keras has no step yet.
-        chosen = {} if _has_dora(model) else options
-        chosen_jit = functools.partial(jit_of_keras, compiler_options=chosen)
+        chosen_jit = functools.partial(jit_of_keras, compiler_options=options)
         compiled = functools.partial(_in_place, chosen_jit, step, **settings)
         if not is_told:
             return compiled()
@@ -66,14 +64,6 @@ def _make(options, is_told, model, force=False):
 
     with replaced(trainer, jit=jit):
         layer_tree.method_of_class(model, "make_train_function")(force)
-
-
-def _has_dora(model):
-    return any(
-        getattr(adapter, "decompose", False)
-        for _, layer in layer_tree.adapted_layers(model)
-        for adapter in layer.adapters.values()
-    )
 
 
 def _in_place(jit, step, out_shardings=None, **settings):

@@ -9,18 +9,19 @@ from keras_peft import layer_tree
 from keras_peft.kernels import kernel_of
 
 
-def can_join(layer, adapters, inputs):
+def can_join(layer, adapters, inputs, are_scaled=False):
     """Whether `joined` computes what a layer and its adapters do, sooner.
 
     It copies inputs and kernel, and saves that what the adapters add is
     written and read. On JAX and one device alone: elsewhere copies are
-    kernels of their own, or are sent around.
+    kernels of their own, or are sent around. `are_scaled`: what is computed
+    is scaled as a whole by the adapter, as in DoRA.
     """
     if (
         keras.config.backend() != "jax"
         or keras.distribution.distribution() is not None
         or layer_tree.base_class(layer).call is not keras.layers.Dense.call
-        or not all(_only_adds(adapter) for adapter in adapters)
+        or not all(_only_adds(adapter, are_scaled) for adapter in adapters)
         or layer_tree.variable_adapters(layer)
     ):
         return False
@@ -31,8 +32,10 @@ def can_join(layer, adapters, inputs):
     return not view.variable.trainable and saved > copied
 
 
-def _only_adds(adapter):
-    return getattr(adapter, "adds_products", False) and adapter.rows is None
+def _only_adds(adapter, are_scaled):
+    if adapter.rows is not None or not getattr(adapter, "adds_products", False):
+        return False
+    return are_scaled or not adapter.decompose
 
 
 def with_hidden(inputs, factor):

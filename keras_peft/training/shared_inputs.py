@@ -102,11 +102,11 @@ class _SharedInputs:
         up = adapter.kernel.up
         return [up(part, b) for (_, part), b in zip(parts, ups, strict=True)]
 
-    def joined_outputs(self, layer, adapters, inputs):
+    def joined_outputs(self, layer, adapters, inputs, gain=None):
         """What a layer and its adapters compute, where one product is best."""
         if not layer_tree.is_training(layer):
             return None
-        if not can_join(layer, adapters, inputs):
+        if not can_join(layer, adapters, inputs, gain is not None):
             return None
         moved = self.kernel_inputs(layer, inputs)
         dtype, joints, ups = layer.compute_dtype, {}, {}
@@ -114,7 +114,7 @@ class _SharedInputs:
             joint, parts, rows = self._hidden(adapter, dtype, joins=True)
             joints[id(joint)] = joint
             for (start, part), up in zip(
-                parts, adapter.ups(dtype), strict=True
+                parts, adapter.ups(dtype, gain=gain), strict=True
             ):
                 # Other columns are other layers', which share the copy.
                 rest = joint.shape[-1] - start - part.shape[-1]
