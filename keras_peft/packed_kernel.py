@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_peft import layer_tree
+from keras_peft.compiling import as_computed
 from keras_peft.kernels import DenseKernel
 from keras_peft.kernels import EinsumKernel
 from keras_peft.kernels import has_kernel
@@ -150,9 +151,7 @@ def _after(tensor: Any, parts: Any) -> Any:
     """`parts`, not to be had before `tensor` is."""
     backend = keras.config.backend()
     if backend == "jax":
-        import jax
-
-        return jax.lax.optimization_barrier((tensor, parts))[1]
+        return as_computed((tensor, parts))[1]
     if backend == "tensorflow":
         import tensorflow as tf
 

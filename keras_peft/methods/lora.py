@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_peft.compiling import as_computed
+from keras_peft.compiling import with_gradients_at_once
 from keras_peft.kernels import DepthwiseKernel
 from keras_peft.kernels import EmbeddingKernel
 from keras_peft.kernels import has_kernel
@@ -211,24 +212,6 @@ def _bias_objection(kernel):
     return kernel.bias_objection()
 
 
-def _with_gradients_at_once(function):
-    """`function` of arrays, on JAX, whose gradients are computed together.
-
-    XLA puts off sums that nothing waits for, and keeps all that they are of.
-    """
-    import jax
-
-    @jax.custom_vjp
-    def call(*arrays):
-        return function(*arrays)
-
-    def backward(arrays, upstream):
-        return as_computed(jax.vjp(function, *arrays)[1](upstream))
-
-    call.defvjp(lambda *arrays: (function(*arrays), arrays), backward)
-    return call
-
-
 class LoRAAdapter(KernelAdapter):
     """The LoRA of one layer."""
 
@@ -314,9 +297,9 @@ class LoRAAdapter(KernelAdapter):
         def scale(outputs, more):
             return outputs + self._scaled(outputs, more)
 
-        if keras.config.backend() != "jax" or self.kernel.bias is not None:
+        if self.kernel.bias is not None:
             return scale(outputs, more)
-        return _with_gradients_at_once(scale)(outputs, more)
+        return with_gradients_at_once(scale)(outputs, more)
 
     def _scaled(self, outputs, factor):
         """The outputs, less the bias, times a float32 factor of each column."""

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_peft import layer_tree
+from keras_peft.compiling import as_computed
 from keras_peft.kernels import kernel_of
 
 
@@ -58,7 +59,7 @@ def with_hidden(inputs, factor):
 
         # Otherwise XLA puts inputs and products together once more.
         rows = ops.pad(inputs, ((0, 0), (0, rank)))
-        rows = jax.lax.optimization_barrier(rows)
+        rows = as_computed(rows)
         hidden = ops.matmul(rows, ops.pad(factor, ((0, rank), (0, 0))))
         rows = jax.lax.dynamic_update_slice(rows, hidden, (0, width))
         return (rows, hidden), backward
@@ -94,7 +95,10 @@ def joined(layer, inputs, hidden, up, rows=None):
                 *(None for _ in (rows, *parts)),
             )
 
-        kernel = ops.concatenate([matrix(parts, rows), up], axis=0)
+        # XLA would put all kernels and factors together at the start, and
+        # keep them for a pass that computes a block again.
+        _, late = as_computed((rows, up))
+        kernel = ops.concatenate([matrix(parts, rows), late], axis=0)
         return ops.matmul(rows, kernel), backward
 
     outputs = product(inputs, hidden, up, jax.lax.stop_gradient(rows), *parts)

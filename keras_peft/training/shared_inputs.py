@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_peft import layer_tree
 from keras_peft.blocks import find_blocks
+from keras_peft.compiling import with_gradients_at_once
 from keras_peft.kernels import DenseKernel
 from keras_peft.kernels import EinsumKernel
 from keras_peft.training.joined_products import can_join
@@ -149,7 +150,8 @@ class _SharedInputs:
             if joins and is_dense and dropped is self.copy:
                 rows, joint = with_hidden(inputs, factor)
             else:
-                joint = some[0].kernel.down(inputs, factor)
+                down = with_gradients_at_once(some[0].kernel.down)
+                joint = down(inputs, factor)
             sizes = [a.shape[1] for a in factors]
             starts = itertools.accumulate(sizes, initial=0)
             parts = zip(starts, _split(joint, sizes), strict=False)

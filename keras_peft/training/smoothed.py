@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_peft.compiling import as_computed
 from keras_peft.layer_tree import set_keras_mask
 
 
@@ -156,7 +157,7 @@ def _on_jax():
 
     def of_logits(logits, total):
         # Otherwise XLA computes both, and chooses.
-        return shifted(jax.lax.optimization_barrier(logits))
+        return shifted(as_computed(logits))
 
     def shifted(logits):
         return jax.nn.logsumexp(wide(logits), axis=-1)
