@@ -75,7 +75,10 @@ def table(losses):
     print("| | held-out loss | beside the plain path, per seed |")
     print("|---|---|---|")
     for path, found in losses.items():
-        row = f"| {path} | {np.mean(found):.4f} ± {np.std(found, ddof=1):.4f} |"
+        row = f"| {path} | {np.mean(found):.4f}"
+        if len(found) > 1:
+            row += f" ± {np.std(found, ddof=1):.4f}"
+        row += " |"
         if PLAIN in losses and path != PLAIN:
             apart = np.subtract(found, losses[PLAIN])
             row += " " + ", ".join(f"{one:+.5f}" for one in apart)
