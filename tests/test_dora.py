@@ -25,8 +25,8 @@ def adapted(make, *others, **settings):
     model = keras.Sequential([keras.Input((4, INPUTS)), make()])
     dora = keras_peft.LoRA(2, alpha=3, decompose=True, **settings)
     for name, method in zip("ab", (dora, *others), strict=False):
-        layer = [f"{model.layers[0].name}"]
-        keras_peft.adapt(model, method, targets=layer, name=name)
+        layer = model.layers[0].name
+        keras_peft.adapt(model, method, targets=[layer], name=name)
         randomize(model, name)
     return model
 
